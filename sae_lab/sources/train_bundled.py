@@ -1,0 +1,445 @@
+"""Trains the bundled subject: a small GPT-2 on the text that ships with Python and on fables.
+
+Run `python -m sae_lab.sources.train_bundled --out sae_lab/data/subject`; a run that was stopped goes on with `--resume`.
+Tokenised text and checkpoints are kept in the folder `--work`; the batch at a step depends on the step alone, so a resumed
+run ends in the same bits. `--card` measures the finished model and writes its model card.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from sae_lab.sources.documents import Document
+from sae_lab.sources.fables import fables
+from sae_lab.sources.python_docs import python_docs
+
+log = logging.getLogger("sae_lab.train_bundled")
+END = "<|endoftext|>"
+SOURCES = ("python_docs", "fables")
+
+
+@dataclass(frozen=True)
+class Plan:
+    "Everything that decides the trained weights, apart from the machine."
+
+    tokens: int = 36_000_000  # training tokens, both sources together
+    d_vocab: int = 4096  # vocabulary, the end-of-text token included
+    n_ctx: int = 256  # context, tokens
+    d_model: int = 128  # width of the residual stream
+    n_layers: int = 4
+    n_heads: int = 4
+    batch_rows: int = 32  # contexts in one optimiser step
+    micro_rows: int = 8  # contexts in one forward pass
+    lr: float = 3e-3  # highest learning rate
+    warmup: float = 0.02  # share of the steps over which the rate rises
+    decay: float = 0.5  # last share of the steps, over which it falls to 0
+    weight_decay: float = 0.1  # on matrices only
+    seed: int = 0  # weights and order of the batches
+    train_seed: int = 0  # fables to train on
+    heldout_seed: int = 1  # fables never trained on
+    heldout_share: float = 0.05  # share of the library's files never trained on
+    heldout_tokens: int = 200_000  # held-out fable tokens kept
+    tokenizer_chars: int = 10_000_000  # text per source that the tokenizer learns from
+    compile: bool = True  # fuse the forward and backward pass; False gives the same model more slowly
+
+    @property
+    def steps(self) -> int:
+        "Optimiser steps in the run."
+        return max(1, self.tokens // (self.batch_rows * self.n_ctx))
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def is_heldout(
+    document: Document,  # a document of `python_docs`
+    share: float,  # share of the files to hold out
+) -> bool:  # True for held-out; the same for all documents of a file
+    "Whether a file is kept out of training, by a hash of its name; the help topics, one file, always train."
+    digest = hashlib.sha256(document.meta["file"].encode()).digest()
+    return document.kind != "topic" and int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def library_texts(
+    plan: Plan,  # says which share of files is held out
+    heldout: bool,  # which side of the split to give
+) -> list[str]:  # texts in an order drawn from the plan's seed
+    "One side of the Python text, split by file and shuffled by document."
+    texts = [d.text for d in python_docs() if is_heldout(d, plan.heldout_share) == heldout]
+    return [texts[i] for i in np.random.default_rng(plan.seed).permutation(len(texts))]
+
+
+def _fable_texts(job: tuple[int, int, int]) -> list[str]:
+    seed, start, n = job
+    return [document.text for document in fables(seed, n, start)]
+
+
+def fable_texts(
+    seed: int,  # seed of the fables
+    chunk: int = 2000,  # fables made by one call of a worker
+) -> Iterator[str]:  # endless
+    "Texts of fables in order, made by a pool of processes."
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        for group in range(0, 1 << 40, 8):
+            jobs = [(seed, (group + i) * chunk, chunk) for i in range(8)]
+            yield from chain.from_iterable(pool.imap(_fable_texts, jobs))
+
+
+def _take_chars(texts: Iterable[str], chars: int) -> Iterator[str]:
+    for text in texts:
+        if chars <= 0:
+            return
+        chars -= len(text)
+        yield text
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(
+    texts: Iterable[str],  # text to learn merges from
+    d_vocab: int,  # tokens in all, the end-of-text token (id 0) included
+) -> Tokenizer:  # byte-level: any text has an encoding and decodes to itself
+    "Learn byte-pair merges; ties are broken by the trainer's fixed order, so the same text gives the same tokens."
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=d_vocab,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def as_transformers(
+    tokenizer: Tokenizer,  # a trained tokenizer
+    n_ctx: int,  # context of the model, tokens
+) -> PreTrainedTokenizerFast:  # loadable with AutoTokenizer
+    "The same tokenizer with the end-of-text token in every special role."
+    roles = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=n_ctx, clean_up_tokenization_spaces=False, **roles
+    )
+
+
+def write_tokens(
+    tokenizer: Tokenizer,  # its id 0 is written after each document
+    texts: Iterable[str],  # one string a document
+    path: Path,  # file of little-endian uint16
+    most: int | None = None,  # stop after this many tokens; None: the whole of `texts`
+) -> int:  # tokens written
+    "Encode documents into one flat file of token ids."
+    written, texts, partial = 0, iter(texts), path.with_suffix(".part")
+    with partial.open("wb") as file:
+        while (most is None or written < most) and (group := list(islice(texts, 4096))):
+            ids = [np.array([*e.ids, 0], "<u2") for e in tokenizer.encode_batch_fast(group)]
+            flat = np.concatenate(ids)[: None if most is None else most - written]
+            file.write(flat.tobytes())
+            written += len(flat)
+    partial.replace(path)
+    return written
+
+
+def prepare(
+    plan: Plan,  # what to make
+    work: Path,  # folder for tokenizer.json and the token files; what is there already is kept
+) -> None:
+    "Train the tokenizer and write the token streams of both sources, both sides."
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "tokenizer.json").exists():
+        each = plan.tokenizer_chars
+        library = _take_chars(library_texts(plan, heldout=False), each)
+        stories = _take_chars(fable_texts(plan.train_seed), each)
+        train_tokenizer(chain(library, stories), plan.d_vocab).save(str(work / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    makers: dict[str, tuple[Callable[[], Iterable[str]], int | None]] = {
+        "python_docs.heldout": (lambda: library_texts(plan, heldout=True), None),
+        "fables.heldout": (lambda: fable_texts(plan.heldout_seed), plan.heldout_tokens),
+        "python_docs.train": (lambda: library_texts(plan, heldout=False), None),
+        "fables.train": (lambda: fable_texts(plan.train_seed), plan.tokens // 2),
+    }
+    for name, (make, most) in makers.items():
+        if not (path := work / f"{name}.u16").exists():
+            log.info("%s: %d tokens", name, write_tokens(tokenizer, make(), path, most))
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def pack(
+    stream: Int[np.ndarray, "n"],  # token ids, documents ended by id 0
+    n_ctx: int,  # tokens in a row
+    offset: int = 0,  # tokens left out at the beginning
+) -> Int[np.ndarray, "batch pos"]:  # rows that begin with id 0 and then follow the stream
+    "Cut a stream into contexts, each with a beginning-of-sequence token."
+    body = n_ctx - 1
+    n = (len(stream) - offset) // body
+    rows = np.zeros((n, n_ctx), np.int64)
+    rows[:, 1:] = stream[offset : offset + n * body].reshape(n, body)
+    return rows
+
+
+@functools.lru_cache(maxsize=8)
+def _order(n: int, *key: int) -> Int[np.ndarray, "n"]:
+    return np.random.default_rng(key).permutation(n)
+
+
+def rows_at(
+    stream: Int[np.ndarray, "n"],  # token ids of one source
+    first: int,  # running number of the first row in the whole run
+    count: int,  # rows
+    n_ctx: int,  # tokens in a row
+    seed: int,  # decides the order
+) -> Int[np.ndarray, "batch pos"]:  # a pure function of the arguments
+    "Rows of an endless shuffled reading: each epoch visits all rows once, cut at another offset."
+    body, rows = n_ctx - 1, np.zeros((count, n_ctx), np.int64)
+    per_epoch = len(stream) // body - 1
+    for i in range(count):
+        epoch, place = divmod(first + i, per_epoch)
+        offset = int(_order(body, seed, epoch, 1)[0]) + body * int(_order(per_epoch, seed, epoch)[place])
+        rows[i, 1:] = stream[offset : offset + body]
+    return rows
+
+
+def batch_at(
+    streams: list[Int[np.ndarray, "n"]],  # one per source
+    step: int,  # optimiser step, from 0
+    plan: Plan,  # sizes and seed
+) -> Int[Tensor, "batch pos"]:  # the sources alternate, so every forward pass sees both
+    "The batch of a step, half from each source."
+    each = plan.batch_rows // len(streams)
+    parts = [rows_at(s, step * each, each, plan.n_ctx, plan.seed + i) for i, s in enumerate(streams)]
+    return torch.from_numpy(np.stack(parts, 1).reshape(-1, plan.n_ctx))
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def new_model(
+    plan: Plan,  # sizes and seed
+) -> GPT2LMHeadModel:  # untrained, without dropout
+    "A GPT-2 of the plan's size with weights drawn from its seed."
+    config = GPT2Config(
+        vocab_size=plan.d_vocab,
+        n_positions=plan.n_ctx,
+        n_embd=plan.d_model,
+        n_layer=plan.n_layers,
+        n_head=plan.n_heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)
+        return GPT2LMHeadModel(config)
+
+
+def _project(x: Tensor, conv: torch.nn.Module) -> Tensor:
+    return F.linear(x, conv.weight.T, conv.bias)
+
+
+def _attend(block: torch.nn.Module, x: Tensor, mask: Tensor, heads: int) -> Tensor:
+    "Attention written out: for short contexts the compiler fuses it into less time than the stock kernel takes."
+    batch, pos, width = x.shape
+    q, k, v = _project(x, block.c_attn).view(batch, pos, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = (q @ k.transpose(-1, -2)).float() * (width // heads) ** -0.5 + mask
+    mixed = scores.softmax(-1).to(v.dtype) @ v
+    return _project(mixed.transpose(1, 2).reshape(batch, pos, width), block.c_proj)
+
+
+def token_losses(
+    model: GPT2LMHeadModel,  # its weights; its own forward is not used
+    rows: Int[Tensor, "batch pos"],  # token ids
+) -> Float[Tensor, "batch pred"]:  # cross-entropy of each token after the first, nats
+    "The model's loss in the form that trains fastest on a CPU."
+    body, pos = model.transformer, rows.shape[1]
+    mask = torch.full((pos, pos), float("-inf")).triu(1)
+    x = body.wte(rows) + body.wpe.weight[:pos]
+    for block in body.h:
+        x = x + _attend(block.attn, block.ln_1(x), mask, model.config.n_head)
+        hidden = F.gelu(_project(block.ln_2(x), block.mlp.c_fc), approximate="tanh")
+        x = x + _project(hidden, block.mlp.c_proj)
+    logits = F.linear(body.ln_f(x[:, :-1]), body.wte.weight)
+    picked = logits.gather(-1, rows[:, 1:, None])[..., 0]
+    return logits.float().logsumexp(-1) - picked.float()
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def rate_at(
+    step: int,  # optimiser step, from 0
+    plan: Plan,  # warm-up, decay, highest rate
+) -> float:  # learning rate
+    "Warm-up, a plateau, and a straight fall to 0: on the plateau the end of the run can still be moved."
+    rise = (step + 1) / max(1.0, plan.warmup * plan.steps)
+    fall = (plan.steps - step) / max(1.0, plan.decay * plan.steps)
+    return plan.lr * min(1.0, rise, fall)
+
+
+def new_optimiser(
+    model: GPT2LMHeadModel,  # the model to train
+    plan: Plan,  # weight decay
+) -> torch.optim.AdamW:  # one group decayed, one not
+    "AdamW with weight decay on matrices and none on gains and biases."
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": plan.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.95), fused=True)
+
+
+def save_checkpoint(
+    path: Path,  # one safetensors file, replaced in one move
+    model: GPT2LMHeadModel,  # its weights
+    optimiser: torch.optim.AdamW,  # its moments
+    facts: dict,  # step, seconds and plan
+) -> None:
+    "Write all that a run needs to go on."
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        state = optimiser.state[parameter]
+        tensors[f"model.{name}"] = parameter.detach()
+        tensors |= {f"{key}.{name}": value for key, value in state.items()}
+    partial = path.with_suffix(".part")
+    save_file(tensors, partial, metadata={"facts": json.dumps(facts)})
+    partial.replace(path)
+
+
+def load_checkpoint(
+    path: Path,  # as written by `save_checkpoint`
+    model: GPT2LMHeadModel,  # receives the weights
+    optimiser: torch.optim.AdamW | None = None,  # receives the moments
+) -> dict:  # the facts it was saved with
+    "Put a run back to where it was."
+    with safe_open(path, "pt") as file, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(file.get_tensor(f"model.{name}"))
+            if optimiser is not None:
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                optimiser.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in keys}
+        return json.loads(file.metadata()["facts"])
+
+
+def train_step(
+    model: GPT2LMHeadModel,  # changed in place
+    optimiser: torch.optim.AdamW,  # changed in place
+    rows: Int[Tensor, "batch pos"],  # the step's contexts
+    rate: float,  # learning rate
+    loss_of: Callable[..., Tensor],  # `token_losses` or its compiled form
+    micro: int,  # rows in one forward pass
+) -> float:  # mean loss, nats per token
+    "One optimiser step with gradients gathered over forward passes in bfloat16."
+    total = 0.0
+    for part in rows.split(micro):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, part).sum() / (rows.shape[0] * (rows.shape[1] - 1))
+        loss.backward()
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return total
+
+
+def train(
+    plan: Plan,  # what to train
+    work: Path,  # holds the token streams; receives checkpoint.safetensors
+    resume: bool = False,  # go on from the checkpoint if there is one
+    every: float = 180.0,  # time between checkpoints, seconds
+    stop: Callable[[int], bool] = lambda step: False,  # asked before each step; True leaves a checkpoint and returns
+) -> tuple[GPT2LMHeadModel, dict]:  # the model and the run's facts (step, seconds, plan)
+    "Run the plan from its beginning or from the checkpoint."
+    streams = [np.memmap(work / f"{name}.train.u16", "<u2", "r") for name in SOURCES]
+    model, path = new_model(plan), work / "checkpoint.safetensors"
+    optimiser = new_optimiser(model, plan)
+    facts = {"step": 0, "seconds": 0.0}
+    if resume and path.exists():
+        facts = load_checkpoint(path, model, optimiser)
+    loss_of = torch.compile(token_losses) if plan.compile else token_losses
+    begun, saved = time.monotonic() - facts["seconds"], time.monotonic()
+    for step in range(facts["step"], plan.steps):
+        if stop(step):
+            break
+        loss = train_step(
+            model, optimiser, batch_at(streams, step, plan), rate_at(step, plan), loss_of, plan.micro_rows
+        )
+        now = time.monotonic()
+        facts = {"step": step + 1, "seconds": now - begun, "plan": asdict(plan)}
+        if step % 20 == 0:
+            log.info("step %d/%d loss %.4f nats/token, %.0f s", step, plan.steps, loss, now - begun)
+        if now - saved > every:
+            save_checkpoint(path, model, optimiser, facts)
+            saved = now
+    save_checkpoint(path, model, optimiser, facts)
+    return model, facts
+
+
+def export(
+    model: GPT2LMHeadModel,  # trained
+    work: Path,  # holds tokenizer.json
+    out: Path,  # Hugging Face folder to write
+) -> None:
+    "Write weights, configuration and tokenizer in the form that `from_pretrained` reads."
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    as_transformers(tokenizer, model.config.n_positions).save_pretrained(out)
+
+
+def main(
+    arguments: list[str] | None = None,  # command line; None: that of the process
+) -> None:
+    "Command line: prepare, train, export, and with `--card` measure."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "sae_lab-subject")
+    parser.add_argument("--tokens", type=int, default=Plan.tokens, help="training tokens")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
+    parser.add_argument("--prepare", action="store_true", help="only tokenise")
+    parser.add_argument("--card", action="store_true", help="only measure --out and write its card")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    plan = replace(Plan(), tokens=options.tokens)
+    if options.card:
+        from sae_lab.sources.bundled_card import write_card
+
+        write_card(options.out, options.work, plan)
+        return
+    prepare(plan, options.work)
+    if not options.prepare:
+        model, _ = train(plan, options.work, options.resume)
+        export(model, options.work, options.out)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    main()
