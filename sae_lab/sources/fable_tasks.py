@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'ATTRIBUTES', 'Prompt', 'indirect_object', 'pronoun_agreement', 'number_agreement', 'twins', 'changed']
 
-# %% ../../nbs/02_sources/02_fable_tasks.ipynb #b9af930e
+# %% ../../nbs/02_sources/02_fable_tasks.ipynb #92d5e255
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,10 +26,11 @@ from sae_lab.sources.fables import (
     number_facts,
     pick,
     pick_some,
+    place_forms,
     render,
     story,
+    thing_forms,
 )
-from .fables import _place, _thing
 
 # %% ../../nbs/02_sources/02_fable_tasks.ipynb #500d7068
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Prompt:
     text: str  # the text up to the answer, without the space before it
     answer: str  # the right continuation, with its leading space
     distractor: str  # a wrong continuation, with its leading space
-    meta: dict = field(default_factory=dict)  # task, split, index of the template and what else is known
+    meta: dict = field(
+        default_factory=dict
+    )  # task, split, index of the template and what else is known
 
 # %% ../../nbs/02_sources/02_fable_tasks.ipynb #ab126b74
 SPLITS = ("train", "held_out")
@@ -48,7 +51,9 @@ SPLITS = ("train", "held_out")
 def _one_of(name: str, value: str, options: tuple[str, ...]) -> str:
     "The value if it is one of the options; raises ValueError if not."
     if value not in options:
-        raise ValueError(f"got {name}={value!r}; expected one of {', '.join(options)}; pass one of these names")
+        raise ValueError(
+            f"got {name}={value!r}; expected one of {', '.join(options)}; pass one of these names"
+        )
     return value
 
 
@@ -64,7 +69,7 @@ def _prompt(template: str, facts: Mapping[str, Mapping[str, Form]], rng: Random)
     word = re.match(r"\w+", text[mark:])
     return text[:mark].rstrip(), word[0] if word else ""
 
-# %% ../../nbs/02_sources/02_fable_tasks.ipynb #4a55dc73
+# %% ../../nbs/02_sources/02_fable_tasks.ipynb #3335031e
 def indirect_object(
     seed: int,  # seed of the prompts
     n: int,  # how many prompts
@@ -81,21 +86,35 @@ def _indirect_object(rng: Random, split: str) -> Prompt:
     while held_out(x, y) != (split == "held_out"):
         x, y = pick_some(rng, lexicon()["name_list"], 2)
     order, giver, receiver = pick(rng, (("ABBA", y, x), ("BABA", x, y)))
-    cast = {key: draw_character(rng, name).forms() for key, name in zip("xysr", (x, y, giver, receiver), strict=True)}
+    cast = {
+        key: draw_character(rng, name).forms()
+        for key, name in zip("xysr", (x, y, giver, receiver), strict=True)
+    }
     world, template = draw_world(rng), pick(rng, templates)
-    facts = facts_of(world) | cast | {"g": _thing(world.things[8]), "l": _place(world.places[0])}
+    facts = (
+        facts_of(world)
+        | cast
+        | {"g": thing_forms(world.things[8]), "l": place_forms(world.places[0])}
+    )
     text, answer = _prompt(template.replace("{t}", ""), facts, rng)
-    meta = {"task": "indirect_object", "split": split, "template": templates.index(template), "order": order}
+    meta = {
+        "task": "indirect_object",
+        "split": split,
+        "template": templates.index(template),
+        "order": order,
+    }
     return Prompt(text, f" {answer}", f" {giver}", meta | {"names": [x, y]})
 
-# %% ../../nbs/02_sources/02_fable_tasks.ipynb #0da06c9d
+# %% ../../nbs/02_sources/02_fable_tasks.ipynb #3bbeb781
 def pronoun_agreement(
     seed: int,  # seed of the prompts
     n: int,  # how many prompts
     split: str = "held_out",  # "train" or "held_out": wordings and pairs of name and kind
 ) -> list[Prompt]:  # prompts whose answer is a pronoun
     "Prompts whose next word is a character's pronoun; an unknown split raises ValueError."
-    return [_pronoun_agreement(rng, split) for rng in _generators("pronoun_agreement", seed, n, split)]
+    return [
+        _pronoun_agreement(rng, split) for rng in _generators("pronoun_agreement", seed, n, split)
+    ]
 
 
 def _pronoun_agreement(rng: Random, split: str) -> Prompt:
@@ -104,26 +123,37 @@ def _pronoun_agreement(rng: Random, split: str) -> Prompt:
     pronoun = pick(rng, tuple(PRONOUNS))
     who = draw_character(rng, pick(rng, names[pronoun]), held=split == "held_out")
     world, template = draw_world(rng), pick(rng, templates)
-    facts = facts_of(world) | {"a": who.forms(), "g": _thing(world.things[8]), "l": _place(world.places[0])}
+    facts = facts_of(world) | {
+        "a": who.forms(),
+        "g": thing_forms(world.things[8]),
+        "l": place_forms(world.places[0]),
+    }
     text, answer = _prompt(template, facts, rng)
     other = pick(rng, [key for key in ("he", "she") if key != pronoun])
     wrong = PRONOUNS[other][_form_of(template)]
     meta = {"task": "pronoun_agreement", "split": split, "template": templates.index(template)}
-    return Prompt(text, f" {answer}", f" {wrong}", meta | {"name": who.name, "pronoun": pronoun, "kind": who.kind})
+    return Prompt(
+        text,
+        f" {answer}",
+        f" {wrong}",
+        meta | {"name": who.name, "pronoun": pronoun, "kind": who.kind},
+    )
 
 
 def _form_of(template: str) -> int:
     "The place in PRONOUNS of the form a template asks for after its mark."
     return ("he", "his", "him").index(template.split("|{a.")[1].split("}")[0])
 
-# %% ../../nbs/02_sources/02_fable_tasks.ipynb #bed2c6a2
+# %% ../../nbs/02_sources/02_fable_tasks.ipynb #8900867c
 def number_agreement(
     seed: int,  # seed of the prompts
     n: int,  # how many prompts
     split: str = "held_out",  # "train" or "held_out": wordings and pairs of nouns
 ) -> list[Prompt]:  # prompts whose answer is " was" or " were"
     "Prompts whose next word is a verb that agrees with its subject; an unknown split raises ValueError."
-    return [_number_agreement(rng, split) for rng in _generators("number_agreement", seed, n, split)]
+    return [
+        _number_agreement(rng, split) for rng in _generators("number_agreement", seed, n, split)
+    ]
 
 
 def _number_agreement(rng: Random, split: str) -> Prompt:
@@ -131,15 +161,23 @@ def _number_agreement(rng: Random, split: str) -> Prompt:
     templates = lexicon()["number"][split]
     world, template = draw_world(rng), pick(rng, templates)
     bound, plural = number_facts(rng, held=split == "held_out")
-    text, answer = _prompt(template, facts_of(world) | bound | {"l": _place(world.places[0])}, rng)
+    text, answer = _prompt(
+        template, facts_of(world) | bound | {"l": place_forms(world.places[0])}, rng
+    )
     meta = {"task": "number_agreement", "split": split, "template": templates.index(template)}
     nouns = [bound["k"][""][2][0][1], bound["j"][""][2][0][1]]
-    return Prompt(text, f" {answer}", " was" if plural else " were", meta | {"nouns": nouns, "plural": plural})
+    return Prompt(
+        text, f" {answer}", " was" if plural else " were", meta | {"nouns": nouns, "plural": plural}
+    )
 
 # %% ../../nbs/02_sources/02_fable_tasks.ipynb #1b1b1c4a
 def _weather_worlds(rng: Random, world: World) -> list[World]:
     "Two worlds that differ in their first weather."
-    kinds = [kind for kind in lexicon()["weather_list"] if kind != world.weather[1] and article(kind) == "a "]
+    kinds = [
+        kind
+        for kind in lexicon()["weather_list"]
+        if kind != world.weather[1] and article(kind) == "a "
+    ]
     return [replace(world, weather=(kind, world.weather[1])) for kind in pick_some(rng, kinds, 2)]
 
 
@@ -156,7 +194,9 @@ def _gender_worlds(rng: Random, world: World) -> list[World]:
     taken = {who.name for who in others}
     free = [name for name in lexicon()["names"]["any"] if name not in taken]
     hero = draw_character(rng, pick(rng, free))
-    return [replace(world, cast=(replace(hero, pronoun=pronoun), *others)) for pronoun in ("he", "she")]
+    return [
+        replace(world, cast=(replace(hero, pronoun=pronoun), *others)) for pronoun in ("he", "she")
+    ]
 
 
 def _place_worlds(rng: Random, world: World) -> list[World]:
@@ -200,7 +240,9 @@ def twins(
 
 def _twin(document: Document, attribute: str, which: str) -> Document:
     "The document with an id and meta of its own as a twin."
-    return replace(document, id=f"{document.id}:{attribute}:{which}", meta=document.meta | {"twin": attribute})
+    return replace(
+        document, id=f"{document.id}:{attribute}:{which}", meta=document.meta | {"twin": attribute}
+    )
 
 
 def changed(

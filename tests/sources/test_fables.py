@@ -17,6 +17,7 @@ from sae_lab.sources.fable_tasks import (
 )
 from sae_lab.sources.fables import concepts, fables, held_out, lexicon
 
+
 @pytest.fixture(scope="module")
 def stories():
     return list(fables(11, 3000))
@@ -29,11 +30,14 @@ def test_every_span_is_what_its_label_says(stories):
             if label.concept == "character":
                 assert text == label.value
             elif label.concept == "gender":
-                assert text.lower() in {
-                    "he": ("he", "his", "him"),
-                    "she": ("she", "her"),
-                    "they": ("they", "their", "them"),
-                }[label.value]
+                assert (
+                    text.lower()
+                    in {
+                        "he": ("he", "his", "him"),
+                        "she": ("she", "her"),
+                        "they": ("they", "their", "them"),
+                    }[label.value]
+                )
             elif label.concept in ("place", "mood", "kind"):
                 assert text == label.value
             elif label.concept == "number":
@@ -79,13 +83,15 @@ def test_stories_depend_on_seed_and_number_alone():
 
 def test_the_text_is_the_same_on_every_machine():
     text = "\n".join(story.text for story in fables(0, 200))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "c9504466a79572f3"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "74cbe47d2846de02"
 
 
 def test_the_grammar_leaves_nothing_open(stories):
     for story in stories:
-        assert not re.search(r"[{}|~]|  | [.,;?!]|\b[Aa] [aeiou]|\b[Aa]n (?!hour)[^aeiou]", story.text), story.text
-        assert 60 <= len(story.text.split()) <= 255
+        assert not re.search(
+            r"[{}|~]|  | [.,;?!]|\b[Aa] [aeiou]|\b[Aa]n (?!hour)[^aeiou]", story.text
+        ), story.text
+        assert 60 <= len(story.text.split()) <= 250
         for sentence in re.findall(r"(?:^|[.?!] |\n)(\w)", story.text):
             assert sentence.isupper() or sentence.isdigit()
 
@@ -102,7 +108,11 @@ def test_lists_number_their_items(stories):
     for story in stories:
         for o in story.labels:
             if o.concept == "role":
-                items = [i.value for i in story.labels if i.concept == "list" and o.start <= i.start < o.end]
+                items = [
+                    i.value
+                    for i in story.labels
+                    if i.concept == "list" and o.start <= i.start < o.end
+                ]
                 assert items == [str(i + 1) for i in range(len(items))]
 
 
@@ -140,7 +150,9 @@ def pattern_of(template):
 
 @pytest.mark.parametrize("task", ["io", "pronoun", "number"])
 def test_held_out_templates_are_never_told(stories, task):
-    lines = "\n".join(s.text[o.start : o.end] for s in stories for o in s.labels if o.concept == "role")
+    lines = "\n".join(
+        s.text[o.start : o.end] for s in stories for o in s.labels if o.concept == "role"
+    )
     for template in lexicon()[task]["train"]:
         assert pattern_of(template).search(lines), f"never told: {template}"
     for template in lexicon()[task]["held_out"]:
@@ -158,7 +170,10 @@ def test_the_receiver_is_the_name_not_repeated(stories):
             assert len(re.findall(rf"\b{prompt.distractor.strip()}\b", prompt.text)) >= 2
             assert prompt.text.endswith(" to")
             assert held_out(x, y) == (split == "held_out")
-            assert (prompt.text.find(x) < prompt.text.find(y)) and prompt.meta["order"] in ("ABBA", "BABA")
+            assert (prompt.text.find(x) < prompt.text.find(y)) and prompt.meta["order"] in (
+                "ABBA",
+                "BABA",
+            )
 
 
 def test_both_orders_are_even():
@@ -170,7 +185,9 @@ def test_pronouns_agree_with_their_names():
     for split in ("train", "held_out"):
         for prompt in pronoun_agreement(1, 500, split):
             pronoun = lexicon()["pronoun_of"][prompt.meta["name"]]
-            right = {"he": "he his him", "she": "she her", "they": "they their them"}[pronoun].split()
+            right = {"he": "he his him", "she": "she her", "they": "they their them"}[
+                pronoun
+            ].split()
             assert prompt.answer.strip() in right and prompt.distractor.strip() not in right
             assert held_out(prompt.meta["name"], prompt.meta["kind"]) == (split == "held_out")
 
@@ -220,7 +237,11 @@ def test_concepts_are_the_labels(stories):
 
 def test_the_language_is_large():
     words = lexicon()
-    assert len(words["name_list"]) >= 120 and len(words["kinds"]) >= 40 and len(words["place_list"]) >= 40
+    assert (
+        len(words["name_list"]) >= 120
+        and len(words["kinds"]) >= 40
+        and len(words["place_list"]) >= 40
+    )
     assert len(words["objects"]) >= 60 and sum(map(len, words["moods"].values())) >= 30
     assert len(words["plots"]) >= 6 and sum(1 + len(v) for v in words["weather"].values()) >= 30
     assert len(words["io"]["train"]) >= 24 and len(words["io"]["held_out"]) >= 8
