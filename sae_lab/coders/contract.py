@@ -6,7 +6,7 @@
 __all__ = ['Scale', 'FORMAT', 'Objective', 'coders', 'LAWS', 'Spec', 'AbstractCoder', 'check_rows', 'randn', 'Hints', 'Loss',
            'Recipe', 'register', 'make', 'save', 'load', 'spread', 'fold', 'unfold', 'check_coder']
 
-# %% ../../nbs/01_coders/00_contract.ipynb #b3f2fe70
+# %% ../../nbs/01_coders/00_contract.ipynb #f0709b91
 import copy
 import functools
 import inspect
@@ -25,11 +25,12 @@ from ..ground.errors import DamagedFile, InputError, NumericError, ShapeError
 from ..ground.files import (atomic_folder, hash_json, hash_tensors, load_tensors, read_json,
                                   save_tensors, write_json)
 from ..ground.html import table
+from ..ground.kernels import Pool
 from ..ground.registry import Registry
 from ..ground.sparse import Codes, decode
 
-# %% ../../nbs/01_coders/00_contract.ipynb #5a544323
-Scale = float | tuple[float, ...]  # one factor, or one a hook
+# %% ../../nbs/01_coders/00_contract.ipynb #c203b316
+Scale = float | int | tuple[float, ...]  # one factor, or one a hook
 
 @dataclass(frozen=True)
 class Spec:
@@ -148,7 +149,7 @@ def randn(*shape: int,    # size of each axis
     if torch.get_default_device().type == "meta": return torch.empty(shape)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
 
-# %% ../../nbs/01_coders/00_contract.ipynb #904ae383
+# %% ../../nbs/01_coders/00_contract.ipynb #f43070b4
 @dataclass(frozen=True)
 class Hints:
     "What the training loop tells an objective."
@@ -156,6 +157,7 @@ class Hints:
     step: int                     # steps done, from 0
     steps: int                    # steps of the whole run
     seed: int = 0                 # of the run
+    pool: Pool | None = None      # memory reused from step to step
 
     @property
     def progress(self) -> float: # 0 at the first step, 1 at the last
