@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST', 'sha256', 'canonical', 'hash_json', 'hash_tensors', 'atomic', 'atomic_folder', 'write_json', 'read_json',
            'save_tensors', 'load_tensors', 'write_manifest', 'read_manifest']
 
-# %% ../../nbs/00_ground/03_files.ipynb #3e18aba1
+# %% ../../nbs/00_ground/03_files.ipynb #3cdfe403
 import hashlib
 import json
 import os
@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,7 +46,7 @@ def hash_json(obj: object, # anything `canonical` takes
     "A short hash of settings, blind to the order of keys."
     return hashlib.sha256(canonical(obj).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
-# %% ../../nbs/00_ground/03_files.ipynb #f673067e
+# %% ../../nbs/00_ground/03_files.ipynb #d532b7a8
 def hash_tensors(tensors: dict[str, Tensor], # by name
                  ) -> str:                   # 16 hex digits
     "A short hash of tensors: names, types, shapes and bytes, whatever the device."
@@ -53,11 +54,12 @@ def hash_tensors(tensors: dict[str, Tensor], # by name
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(canonical([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()[:16]
 
-# %% ../../nbs/00_ground/03_files.ipynb #86226287
+# %% ../../nbs/00_ground/03_files.ipynb #55e33744
 def _sync(path: Path) -> None:
+    if os.name == "nt": return  # no fsync of a folder or a read-only handle there
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
@@ -110,7 +112,7 @@ def atomic_folder(path: str | Path,    # where the folder is to be
         raise
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/00_ground/03_files.ipynb #e42ea101
+# %% ../../nbs/00_ground/03_files.ipynb #23da8b0c
 def write_json(path: str | Path, # where to
                obj: object,      # what JSON can say
                ) -> Path:        # the file written
@@ -121,7 +123,7 @@ def write_json(path: str | Path, # where to
     return Path(path)
 
 def read_json(path: str | Path, # a JSON file
-              ) -> object:      # what it says
+              ) -> Any:         # what it says
     "Read JSON; raises DamagedFile when it is missing, cut short or no JSON."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -140,10 +142,10 @@ def save_tensors(path: str | Path,            # where to, by custom *.safetensor
         save_file(ready, part, metadata=header)
     return Path(path)
 
-# %% ../../nbs/00_ground/03_files.ipynb #b4b25f9b
+# %% ../../nbs/00_ground/03_files.ipynb #92a7f2f4
 def load_tensors(path: str | Path,    # a safetensors file
                  device: str = "cpu", # where the tensors are to live
-                 ) -> tuple[dict[str, Tensor], dict]: # tensors by name, and the facts kept with them
+                 ) -> tuple[dict[str, Tensor], dict]: # tensors by name; facts kept with them
     "Read safetensors; raises DamagedFile when the file is missing, cut short or garbage."
     try:
         with safe_open(path, framework="pt", device=device) as file:
@@ -168,14 +170,15 @@ def write_manifest(folder: str | Path,   # folder that holds the files
     write_json(folder / MANIFEST, manifest)
     return manifest
 
-# %% ../../nbs/00_ground/03_files.ipynb #0330b6dc
+# %% ../../nbs/00_ground/03_files.ipynb #07352d8f
 def _check_file(path: Path, bytes: int, digest: str, verify: bool) -> None:
     if not path.is_file(): found = "is missing"
     elif path.stat().st_size != bytes: found = f"has {path.stat().st_size} bytes"
     elif verify and sha256(path) != digest: found = "was altered (its hash differs)"
     else: return
-    raise DamagedFile(f"{path.name} in {path.parent} {found}", f"{bytes} bytes, sha256 {digest[:16]}...",
-                      "make or fetch it again", path=str(path))
+    raise DamagedFile(f"{path.name} in {path.parent} {found}",
+                      f"{bytes} bytes, sha256 {digest[:16]}...", "make or fetch it again",
+                      path=str(path))
 
 def read_manifest(folder: str | Path,   # folder with a manifest
                   verify: bool = True,  # True: check hashes; False: check sizes only

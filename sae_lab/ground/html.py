@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['ORANGE', 'BLUE', 'SERIES', 'MONO', 'SANS', 'visible', 'escape', 'number', 'tint', 'table']
 
-# %% ../../nbs/00_ground/06_html.ipynb #b7b34bc3
+# %% ../../nbs/00_ground/06_html.ipynb #978c88ff
 import html
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 
-# %% ../../nbs/00_ground/06_html.ipynb #ab3001fd
-_UNSEEN = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e"
-                     "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff"
-                     "\ud800-\udfff\U0001d173-\U0001d17a\U000e0000-\U000e0fff]")
+# %% ../../nbs/00_ground/06_html.ipynb #69a114f4
+_UNSEEN = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\xad\u034f\u061c\u115f\u1160\u17b4\u17b5"
+                     "\u180b-\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
+                     "\ufff0-\ufffb\ufffe\uffff\ud800-\udfff\U0001d173-\U0001d17a\U000e0000-\U000e0fff]")
 
 def _symbol(match: re.Match) -> str:
     code = ord(match[0])
@@ -32,32 +31,32 @@ def escape(text: object, # any text; other things as `str` gives them
     "Make text visible and safe in HTML."
     return html.escape(visible(str(text)), quote=True)
 
-# %% ../../nbs/00_ground/06_html.ipynb #aa246636
-def number(x: Real | None,  # any number
-           digits: int = 3, # significant digits of a fraction
-           ) -> str:        # short text; "–" for None
+# %% ../../nbs/00_ground/06_html.ipynb #5d63bbaa
+def number(x: float | int | None, # any number
+           digits: int = 3,       # significant digits of a fraction
+           ) -> str:              # short text; "–" for None
     "Write a number briefly: 1,234 and 0.0123 and 1.2e-7 and 3.4M."
     if x is None: return "–"
     if isinstance(x, bool): return str(x)
-    x = x if isinstance(x, int) else float(x)
     if math.isnan(x): return "NaN"
     if math.isinf(x): return "∞" if x > 0 else "-∞"
     if x == 0: return "0"
     size = abs(x)
-    if size >= 1e15 or size < 1e-4: return f"{x:.{digits - 1}e}".replace("e-0", "e-").replace("e+", "e")
+    if size >= 1e15 or size < 1e-4:
+        return f"{x:.{digits - 1}e}".replace("e-0", "e-").replace("e+", "e")
     for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if size >= scale: return f"{x / scale:.{digits}g}{unit}"
     if size >= 10 ** (digits - 1) or float(x).is_integer(): return f"{round(x):,}"
     return f"{x:.{digits}g}"
 
-# %% ../../nbs/00_ground/06_html.ipynb #3ff69424
+# %% ../../nbs/00_ground/06_html.ipynb #e116e3e1
 ORANGE = (230, 115, 0)  # activation; promoted
 BLUE = (31, 119, 200)   # suppressed
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#b8a800")
 MONO = "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"
 SANS = "system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif"
 
-def tint(share: Real,                              # 0 nothing to 1 strongest; clipped
+def tint(share: float | int,                       # 0 nothing to 1 strongest; clipped
          hue: tuple[int, int, int] = ORANGE,       # red, green, blue
          ) -> str:                                 # "#rrggbbaa", to lay over any page
     "A hue at the opacity that stands for `share`."
@@ -65,10 +64,10 @@ def tint(share: Real,                              # 0 nothing to 1 strongest; c
     alpha = round(255 * (0.08 + 0.67 * share)) if share > 0 else 0
     return "#" + "".join(f"{part:02x}" for part in (*hue, alpha))
 
-# %% ../../nbs/00_ground/06_html.ipynb #4af6530c
+# %% ../../nbs/00_ground/06_html.ipynb #562b9273
 def _cell(value: object, head: bool = False) -> str:
-    numeric = isinstance(value, Real) and not isinstance(value, bool)
-    text = number(value) if numeric else escape("" if value is None else value)
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    text = number(value) if isinstance(value, (int, float)) else escape(value or "")
     side = "right" if numeric else "left"
     tag, extra = ("th", ";border-bottom:1px solid #8888") if head else ("td", "")
     return f'<{tag} style="text-align:{side};padding:2px 14px 2px 0{extra}">{text}</{tag}>'
@@ -80,10 +79,11 @@ def table(rows: Iterable[Mapping[str, object]],  # one mapping a row
     "A small table: numbers short and to the right, text escaped."
     rows = list(rows)
     columns = list(dict.fromkeys(key for row in rows for key in row)) if columns is None else columns
-    right = {key for key in columns if any(isinstance(row.get(key), Real) for row in rows)}
+    right = {key for key in columns if any(isinstance(row.get(key), (int, float)) for row in rows)}
     head = "".join(_cell(key, True).replace("left", "right" if key in right else "left", 1)
                    for key in columns)
     body = "".join("<tr>" + "".join(_cell(row.get(key)) for key in columns) + "</tr>" for row in rows)
-    title = f'<caption style="text-align:left;opacity:.75">{escape(caption)}</caption>' if caption else ""
+    left = 'style="text-align:left;opacity:.75"'
+    title = f"<caption {left}>{escape(caption)}</caption>" if caption else ""
     style = "border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px"
     return f'<table style="{style}">{title}<tr>{head}</tr>{body}</table>'

@@ -42,7 +42,7 @@ def same_origin(old: object, # what is registered already
     return old_name == new_name and (old_module == new_module
                                      or "__main__" in (old_module, new_module))
 
-# %% ../../nbs/00_ground/02_registry.ipynb #bceabdc8
+# %% ../../nbs/00_ground/02_registry.ipynb #325213ed
 class Registry:
     "A lazy, idempotent map from names to things of one kind."
 
@@ -62,7 +62,7 @@ class Registry:
             old = self._entries.get(name)
             if old is not None and not same_origin(old.value, value):
                 raise InputError(f"{self.kind} {name!r} is registered already, as {old.value!r}",
-                                 "a name that is free", "choose another name", name=name)
+                                 "a free name", "choose another name", name=name)
             self._entries[name] = Entry(name, value, dict(meta))
             return value
         return register
@@ -88,18 +88,20 @@ class Registry:
 
     def _repr_html_(self) -> str: return _html(self)
     def _discover(self) -> None:
-        if self._found: return
-        self._found = True
-        try: _import_all(self.package)
-        except BaseException:
-            self._found = False
-            raise
+        if not self._found: _import_all(self, self.package)
 
-# %% ../../nbs/00_ground/02_registry.ipynb #3ecd699c
-def _import_all(package: str) -> None:
-    root = importlib.import_module(package)
-    for module in sorted(each.name for each in pkgutil.iter_modules(root.__path__)):
-        importlib.import_module(f"{package}.{module}")
+# %% ../../nbs/00_ground/02_registry.ipynb #02a88e33
+def _import_all(registry: Registry, package: str | None) -> None:
+    "Import the modules of `package` once; a failed import is tried again at the next look-up."
+    if package is None: return
+    registry._found = True   # set first: a module may look something up while it is imported
+    try:
+        root = importlib.import_module(package)
+        for module in sorted(each.name for each in pkgutil.iter_modules(root.__path__)):
+            importlib.import_module(f"{package}.{module}")
+    except BaseException:
+        registry._found = False
+        raise
 
 def _html(registry: Registry) -> str:
     cell = 'style="text-align:left;vertical-align:top;padding:2px 12px 2px 0"'

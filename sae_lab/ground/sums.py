@@ -6,12 +6,11 @@
 __all__ = ['Moments', 'Histogram', 'log_edges', 'uniform', 'Quantiles', 'Measure', 'poisson_weights', 'Totals', 'wilson',
            'bootstrap_mean']
 
-# %% ../../nbs/00_ground/04_sums.ipynb #2d9917ac
+# %% ../../nbs/00_ground/04_sums.ipynb #87f22097
 import html
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from numbers import Real
 
 import numpy as np
 import torch
@@ -92,10 +91,10 @@ class Histogram:
     def total(self) -> int: # every value seen, inside or not
         return int(self.counts.sum()) + self.under + self.over + self.nan
 
-# %% ../../nbs/00_ground/04_sums.ipynb #586b9987
-def log_edges(low: Real,        # first edge, above zero
-              high: Real,       # last edge
-              bins: int = 40,   # bins between them
+# %% ../../nbs/00_ground/04_sums.ipynb #7d246711
+def log_edges(low: float | int,  # first edge, above zero
+              high: float | int, # last edge
+              bins: int = 40,    # bins between them
               ) -> Float64[Tensor, "edges"]: # equally spaced in the logarithm
     "Edges for values that span orders of magnitude, such as densities."
     if not 0 < low < high:
@@ -122,7 +121,7 @@ def uniform(keys: Int[Tensor, "n"],  # one a thing
     bits = _mix(_mix(keys.long() ^ start)[:, None] ^ salt)
     return ((bits >> 11) & (2 ** 53 - 1)).double().add(0.5) * 2.0 ** -53
 
-# %% ../../nbs/00_ground/04_sums.ipynb #83013f92
+# %% ../../nbs/00_ground/04_sums.ipynb #ae420c56
 @dataclass(frozen=True, eq=False)
 class Quantiles:
     "A uniform sample of at most `m` values, kept by hash: quantiles of a stream."
@@ -160,14 +159,14 @@ class Quantiles:
         return math.sqrt(math.log(2 / 0.05) / (2 * self.m)) if self.count > self.m else 0.0
 
     def quantile(self,
-                 q: Real | list[float],  # ranks in 0..1
+                 q: float | list[float],  # ranks in 0..1
                  ) -> float | list[float]: # values at these ranks; NaN of nothing
         "Value below which a share `q` of everything seen lies."
-        if not len(self.values): return float("nan") if isinstance(q, Real) else [float("nan")] * len(q)
-        found = np.quantile(self.values.numpy(), q)
-        return float(found) if isinstance(q, Real) else found.tolist()
+        values = self.values.numpy() if len(self.values) else np.array([np.nan])
+        found = np.quantile(values, q)
+        return float(found) if isinstance(q, float) else found.tolist()
 
-# %% ../../nbs/00_ground/04_sums.ipynb #a05bb711
+# %% ../../nbs/00_ground/04_sums.ipynb #ddb83501
 @dataclass(frozen=True)
 class Measure:
     "A number with interval, unit, direction and sample size."
@@ -183,7 +182,8 @@ class Measure:
 
     def __post_init__(self):
         if self.better not in ("higher", "lower", "neither"):
-            raise InputError(f"better is {self.better!r}", "'higher', 'lower' or 'neither'", "choose one")
+            raise InputError(f"better is {self.better!r}", "'higher', 'lower' or 'neither'",
+                             "choose one")
 
     def to_dict(self) -> dict: # JSON-able; a value that is not finite becomes None
         "All fields as plain JSON values."
@@ -192,12 +192,10 @@ class Measure:
 
     def __str__(self) -> str:
         sure = "interval unknown" if math.isnan(self.low) else f"{self.low:.4g} to {self.high:.4g}"
-        null = "" if self.null is None else f", null {self.null:.4g}"
-        size = f"n={self.count:,}" + (f" in {self.docs:,} documents" if self.docs else "")
-        return f"{self.name} {self.value:.4g} {self.unit} ({sure}; {size}{null}; {self._arrow()})"
-
-    def _arrow(self) -> str:
-        return {"higher": "higher is better", "lower": "lower is better"}.get(self.better, "neither")
+        parts = [sure, f"n={self.count:,}" + (f" in {self.docs:,} documents" if self.docs else "")]
+        if self.null is not None: parts.append(f"null {self.null:.4g}")
+        if self.better != "neither": parts.append(f"{self.better} is better")
+        return f"{self.name} {self.value:.4g} {self.unit} ({'; '.join(parts)})"
 
     def _repr_html_(self) -> str: return f"<span>{html.escape(str(self))}</span>"
 
@@ -212,7 +210,7 @@ def poisson_weights(docs: Int[Tensor, "n"], # document ids
     "Poisson(1) weights that depend on (seed, document) alone, by inverse CDF."
     return torch.bucketize(uniform(docs, seed, r), _POISSON.to(docs.device), right=True).double()
 
-# %% ../../nbs/00_ground/04_sums.ipynb #631d330a
+# %% ../../nbs/00_ground/04_sums.ipynb #c2fe857b
 @dataclass(frozen=True, eq=False)
 class Totals:
     "Sums over tokens, and the same sums over bootstrap replicates of the documents."
@@ -238,24 +236,18 @@ class Totals:
         return cls(shapes, sums.sum(0), poisson_weights(ids, seed, r).T @ sums, ids, len(doc), seed)
 
     def __add__(self, other: "Totals") -> "Totals":
-        mine, theirs = ((each.shapes, each.seed, len(each.boot)) for each in (self, other))
-        if mine != theirs:
-            raise InputError("totals of other statistics, seed or replicates", f"{mine}", "sum again",
-                             other=theirs)
-        ids = torch.unique(torch.cat([self.ids, other.ids]))
-        return Totals(self.shapes, self.totals + other.totals, self.boot + other.boot, ids,
-                      self.count + other.count, self.seed)
+        _check_alike(self, other)
+        return Totals(self.shapes, self.totals + other.totals, self.boot + other.boot,
+                      torch.unique(torch.cat([self.ids, other.ids])), self.count + other.count,
+                      self.seed)
 
-    @property
-    def names(self) -> tuple[str, ...]: return tuple(self.shapes)
-    @property
-    def docs(self) -> int: return len(self.ids)  # distinct documents seen
-
-    def __getitem__(self, name: str) -> np.ndarray | float: return _split(self.shapes, self.totals)[name]
+    names = property(lambda self: tuple(self.shapes), doc="Names of the statistics.")
+    docs = property(lambda self: len(self.ids), doc="Distinct documents seen.")
+    def __getitem__(self, name: str): return _split(self.shapes, self.totals)[name]
 
     def measure(self,
                 name: str,                       # what the number measures
-                fn: Callable[[dict], Real],      # function of the sums by name
+                fn: Callable[[dict], float],      # function of the sums by name
                 unit: str,                       # of its result
                 better: str,                     # "higher", "lower" or "neither"
                 null: float | None = None,       # null baseline, same unit
@@ -265,13 +257,19 @@ class Totals:
         with np.errstate(all="ignore"): value = float(fn(_split(self.shapes, self.totals)))
         return Measure(name, value, low, high, unit, better, self.count, self.docs, null)
 
-# %% ../../nbs/00_ground/04_sums.ipynb #7a1a53b4
+# %% ../../nbs/00_ground/04_sums.ipynb #b857fb33
+def _check_alike(one: Totals, other: Totals) -> None:
+    mine, theirs = ((each.shapes, each.seed, len(each.boot)) for each in (one, other))
+    if mine != theirs:
+        raise InputError(f"totals of {theirs}", f"shapes, seed, replicates {mine}", "sum again")
+
 def _flatten(stats: dict, doc: Tensor) -> tuple[dict, Tensor]:
     wrong = {name: tuple(each.shape) for name, each in stats.items() if len(each) != len(doc)}
     if wrong or not stats:
-        raise ShapeError(f"statistics {wrong} for {len(doc)} tokens", "one row a token", "mask both alike")
+        raise ShapeError(f"statistics {wrong} for {len(doc)} tokens", "one row a token",
+                         "mask both alike")
     if len(doc) and int(doc.min()) < 0:
-        raise InputError("tokens of document -1", "tokens of documents only", "leave padding out")
+        raise InputError("tokens of document -1", "no padding", "mask the padding out")
     flat = [each.detach().double().reshape(len(doc), -1) if len(doc)
             else each.double().new_zeros(0, math.prod(each.shape[1:])) for each in stats.values()]
     return {name: tuple(each.shape[1:]) for name, each in stats.items()}, torch.cat(flat, 1)
@@ -287,30 +285,34 @@ def _interval(fn: Callable, totals: Totals) -> tuple[float, float]:
     with np.errstate(all="ignore"):
         found = np.array([float(fn(_split(totals.shapes, row))) for row in totals.boot])
     found = found[np.isfinite(found)]
-    return tuple(map(float, np.quantile(found, [0.025, 0.975]))) if len(found) else (math.nan, math.nan)
+    if not len(found): return math.nan, math.nan
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
 
-# %% ../../nbs/00_ground/04_sums.ipynb #1ae3d05d
+# %% ../../nbs/00_ground/04_sums.ipynb #f340728f
 def wilson(successes: int,    # how many of the trials
            n: int,            # trials
            z: float = 1.96,   # normal quantile: 1.96 for 95 %
            ) -> tuple[float, float]: # low and high of the share; (0, 1) without trials
     "Wilson's score interval of a proportion (Wilson, 1927)."
     if not 0 <= successes <= n:
-        raise InputError(f"{successes} successes in {n} trials", "0 <= successes <= n", "count again")
+        raise InputError(f"{successes} successes in {n} trials", "0 <= successes <= n",
+                         "count again")
     if n == 0: return 0.0, 1.0
     share, z2 = successes / n, z * z / n
     half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
     middle, scale = share + z2 / 2, 1 + z2
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
-# %% ../../nbs/00_ground/04_sums.ipynb #7bae7c83
-def bootstrap_mean(x: Float[Tensor, "n"] | Iterable[Real],  # independent items
-                   seed: int = 0,                           # of the resampling
-                   r: int = 1000,                           # replicates
-                   ) -> tuple[float, float]:                # low and high, units of `x`; NaN below 2 items
-    "95 % percentile bootstrap interval of a mean of independent items."
+# %% ../../nbs/00_ground/04_sums.ipynb #77309490
+def bootstrap_mean(x: Float[Tensor, "n"] | Iterable[float], # independent items
+                   seed: int = 0,                          # of the resampling
+                   r: int = 1000,                          # replicates
+                   ) -> tuple[float, float]:               # low and high, units of `x`
+    "95 % percentile bootstrap interval of a mean of independent items; NaN below two."
     x = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else list(x), dtype=np.float64)
     if len(x) < 2: return math.nan, math.nan
     draw = np.random.default_rng(seed)
     means = [x[draw.integers(0, len(x), len(x))].mean() for _ in range(r)]
-    return tuple(map(float, np.quantile(means, [0.025, 0.975])))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
