@@ -1,0 +1,142 @@
+"""Hand-written: the one file that imports transformers and transformer_lens, always inside functions.
+
+Everything above sees a subject; only what is said here knows how a model is fetched and bridged.
+"""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ground.errors import InputError, Unavailable
+from ..ground.files import hash_tensors
+
+__all__ = ["DTYPES", "TOKENIZER_FILES", "pretrained", "native", "untrained"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def _bridge_class() -> Any:
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError as error:
+        raise Unavailable(
+            f"transformer_lens cannot be used ({error})",
+            "transformer-lens 3.9 or 4",
+            "pip install 'transformer-lens>=3.9,<5'",
+        ) from error
+    return TransformerBridge
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    "No progress bar for the milliseconds that reading weights takes; the user's setting comes back."
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _checked_folder(name: str) -> bool:
+    "Whether `name` is a local folder; raises InputError when it is one without model or tokenizer."
+    folder = Path(name)
+    if not folder.is_dir():
+        return False
+    if not (folder / "config.json").exists():
+        raise InputError(
+            f"folder {name} has no config.json",
+            "a Hugging Face model folder",
+            "save the model with save_pretrained",
+            path=name,
+        )
+    if not any((folder / file).exists() for file in TOKENIZER_FILES):
+        raise InputError(
+            f"folder {name} has no tokenizer",
+            f"one of {', '.join(TOKENIZER_FILES)}",
+            "save the tokenizer there too, or wrap a model of your own with Subject.wrap(model)",
+            path=name,
+        )
+    return True
+
+
+def pretrained(
+    name: str,  # a Hugging Face name, or a local folder with model and tokenizer
+    device: str,  # where the model is to live, "cpu" or "cuda"
+    dtype: str,  # float32, float16 or bfloat16
+    processing: dict[str, bool],  # weight processing by TransformerLens; all False keeps the weights
+) -> tuple[Any, Any, str]:  # bridged model, tokenizer, hash of the weights as published
+    "Fetch and bridge a causal language model."
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one of them")
+    bridge = _bridge_class()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    local = {"local_files_only": True} if _checked_folder(name) else {}
+    with _no_bars():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **local)
+            hf = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **local)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{name!r} could not be loaded ({str(error).splitlines()[0]})",
+                "a local folder, or a Hugging Face name that is cached or can be fetched",
+                "check the spelling, the network or HF_HUB_OFFLINE",
+                name=name,
+            ) from error
+    weights = hash_tensors(dict(hf.state_dict()))
+    hf.config.use_cache = False  # no generation here: keys and values need not be kept
+    with _no_bars():
+        model = bridge.boot_transformers(name, hf_model=hf.to(device), tokenizer=tokenizer, device=device)
+    if any(processing.values()):
+        model.enable_compatibility_mode(disable_warnings=True, **processing)
+    return model.eval(), tokenizer, weights
+
+
+def native(
+    seed: int = 0,  # of the random weights
+    **config: Any,  # d_model, d_head, n_layers, n_ctx, n_heads, d_vocab, act_fn...
+) -> Any:  # a bridged model of TransformerLens' own kind, random weights, no tokenizer
+    "A small TransformerLens model from its configuration alone, to be filled with weights or tried out."
+    bridge = _bridge_class()
+    from transformer_lens.config import TransformerBridgeConfig
+
+    return bridge.boot_native(TransformerBridgeConfig(seed=seed, **config)).eval()
+
+
+def untrained(
+    folder: str | Path,  # where to save model and tokenizer
+    texts: list[str],  # what the byte-level BPE tokenizer is trained on
+    vocabulary: int = 512,  # tokens, one special among them
+    seed: int = 0,  # of the random weights
+    **config: int,  # n_layer, n_embd, n_head, n_positions of the GPT-2 architecture
+) -> Path:  # the folder: the null baseline, and something to try code on
+    "Save a GPT-2 with random weights and a tokenizer of its own as a Hugging Face folder."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(folder)
+    sizes = dict(n_layer=2, n_embd=32, n_head=4, n_positions=64) | config
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=tokenizer.get_vocab_size(), bos_token_id=0, eos_token_id=0, **sizes)
+        )
+    with _no_bars():
+        model.save_pretrained(folder)
+    return Path(folder)
