@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sae_lab.sources.documents import Document
-from sae_lab.sources.fables import fables
+from sae_lab.sources.fables import fables, lexicon
 from sae_lab.sources.python_docs import python_docs
 
 log = logging.getLogger("sae_lab.train_bundled")
@@ -60,6 +60,7 @@ class Plan:
     heldout_share: float = 0.05  # share of the library's files never trained on
     heldout_tokens: int = 200_000  # held-out fable tokens kept
     tokenizer_chars: int = 10_000_000  # text per source that the tokenizer learns from
+    name_repeats: int = 1000  # each name is added so often, so that it is one token where no space precedes it
     compile: bool = True  # fuse the forward and backward pass; False gives the same model more slowly
 
     @property
@@ -173,7 +174,8 @@ def prepare(
         each = plan.tokenizer_chars
         library = _take_chars(library_texts(plan, heldout=False), each)
         stories = _take_chars(fable_texts(plan.train_seed), each)
-        train_tokenizer(chain(library, stories), plan.d_vocab).save(str(work / "tokenizer.json"))
+        names = [f"{name}\n" for name in lexicon()["name_list"]] * plan.name_repeats
+        train_tokenizer(chain(library, stories, names), plan.d_vocab).save(str(work / "tokenizer.json"))
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     makers: dict[str, tuple[Callable[[], Iterable[str]], int | None]] = {
         "python_docs.heldout": (lambda: library_texts(plan, heldout=True), None),
@@ -332,6 +334,14 @@ def save_checkpoint(
     partial.replace(path)
 
 
+def checkpoint_facts(
+    path: Path,  # as written by `save_checkpoint`
+) -> dict:  # step, seconds and plan
+    "What a checkpoint says about its run."
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["facts"])
+
+
 def load_checkpoint(
     path: Path,  # as written by `save_checkpoint`
     model: GPT2LMHeadModel,  # receives the weights
@@ -344,7 +354,7 @@ def load_checkpoint(
             if optimiser is not None:
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 optimiser.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in keys}
-        return json.loads(file.metadata()["facts"])
+    return checkpoint_facts(path)
 
 
 def train_step(

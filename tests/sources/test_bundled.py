@@ -1,0 +1,195 @@
+"The bundled subject: its training is exact, its baselines are right, and its card says what is measured."
+
+import json
+import os
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sae_lab.sources import bundled_card, train_bundled
+from sae_lab.sources.bundled_card import completion_scores, heldout_loss, kneser_ney, ngram_probabilities, task_accuracy
+from sae_lab.sources.fables import lexicon
+from sae_lab.sources.train_bundled import Plan, batch_at, new_model, pack, rate_at, rows_at, token_losses, train
+
+FOLDER = Path(train_bundled.__file__).parent.parent / "data" / "subject"
+TINY = Plan(tokens=6 * 4 * 32, d_vocab=64, n_ctx=32, d_model=16, n_layers=2, n_heads=2, batch_rows=4, micro_rows=2,
+            compile=False)  # fmt: skip
+
+
+@pytest.fixture
+def streams(tmp_path):
+    "Two short token files in a training folder."
+    for i, name in enumerate(train_bundled.SOURCES):
+        np.random.default_rng(i).integers(0, TINY.d_vocab, 700).astype("<u2").tofile(tmp_path / f"{name}.train.u16")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def subject():
+    "The bundled model and tokenizer, loaded as any user would without a network."
+    if not (FOLDER / "model.safetensors").exists():
+        pytest.skip("the bundled subject is not in this checkout")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return AutoModelForCausalLM.from_pretrained(FOLDER).eval(), AutoTokenizer.from_pretrained(FOLDER)
+
+
+# training
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(streams):
+    whole, facts = train(TINY, streams)
+    assert facts["step"] == TINY.steps == 6
+    train(TINY, streams, stop=lambda step: step == 2)
+    train(TINY, streams, resume=True, stop=lambda step: step == 5)
+    resumed, facts = train(TINY, streams, resume=True)
+    assert facts["step"] == 6
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_training_loss_is_the_loss_of_transformers():
+    model = new_model(TINY)
+    rows = torch.randint(0, TINY.d_vocab, (3, 20), generator=torch.Generator().manual_seed(0))
+    expected = model(rows, labels=rows).loss
+    assert torch.allclose(token_losses(model, rows).mean(), expected, atol=1e-5)
+
+
+def test_an_epoch_visits_every_place_once():
+    stream = np.arange(1000)
+    per_epoch = 1000 // 31 - 1
+    rows = rows_at(stream, 0, per_epoch, 32, 0)
+    assert (rows[:, 0] == 0).all()
+    assert len(np.unique(rows[:, 1:])) == per_epoch * 31
+    assert not np.array_equal(rows, rows_at(stream, per_epoch, per_epoch, 32, 0))
+
+
+def test_a_batch_is_half_of_each_source():
+    batch = batch_at([np.full(500, 1), np.full(500, 2)], 3, TINY)
+    assert batch[:, 1:].unique(dim=1).flatten().tolist() == [1, 2, 1, 2]
+
+
+def test_rate_rises_and_falls_to_zero():
+    plan = replace(Plan(), tokens=1000 * 8192)
+    rates = [rate_at(step, plan) for step in range(plan.steps)]
+    assert max(rates) == plan.lr and rates[0] < plan.lr / 10 and rates[-1] < plan.lr / 100
+
+
+def test_packing_keeps_the_stream():
+    rows = pack(np.arange(1, 100), 10)
+    assert (rows[:, 0] == 0).all() and rows[:, 1:].flatten().tolist() == list(range(1, 100))
+
+
+# baselines
+
+
+def _naive_kneser_ney(stream, d_vocab, windows):
+    "The same smoothing written with dictionaries, one probability at a time."
+    trigrams = {}
+    for window in zip(stream, stream[1:], stream[2:], strict=False):
+        trigrams[window] = trigrams.get(window, 0) + 1
+    orders = [trigrams]
+    for _ in range(2):
+        lower = {}
+        for gram in orders[-1]:
+            lower[gram[1:]] = lower.get(gram[1:], 0) + 1
+        orders.append(lower)
+
+    def probability(window, order):
+        if order == 3:
+            return 1 / d_vocab
+        counts = orders[order]
+        window = window[-(3 - order) :]
+        off = bundled_card.discounts(np.array(list(counts.values())))
+        same = {gram: n for gram, n in counts.items() if gram[:-1] == window[:-1]}
+        if not same:
+            return probability(window, order + 1)
+        total, freed = sum(same.values()), sum(off[min(n, 3)] for n in same.values())
+        seen = same.get(window, 0)
+        return (seen - off[min(seen, 3)] + freed * probability(window, order + 1)) / total
+
+    return [probability(tuple(window), 0) for window in windows]
+
+
+def test_trigram_model_equals_a_naive_one():
+    rng = np.random.default_rng(0)
+    stream = (rng.integers(0, 12, 600) * rng.integers(0, 2, 600)).astype("<u2")
+    windows = rng.integers(0, 12, (60, 3))
+    ours = ngram_probabilities(kneser_ney(stream, 12), windows, 12)
+    assert np.allclose(ours, _naive_kneser_ney(stream.tolist(), 12, windows.tolist()), rtol=1e-12)
+
+
+def test_trigram_probabilities_sum_to_one():
+    stream = np.random.default_rng(1).zipf(1.5, 5000).clip(max=49).astype("<u2")
+    levels = kneser_ney(stream, 50)
+    for before in ((1, 1), (3, 49), (0, 0)):
+        windows = np.array([[*before, token] for token in range(50)])
+        assert np.isclose(ngram_probabilities(levels, windows, 50).sum(), 1.0)
+
+
+# the finished model
+
+
+def test_folder_is_small_and_holds_no_pickles():
+    if not FOLDER.exists():
+        pytest.skip("the bundled subject is not in this checkout")
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 6_000_000
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+
+
+def test_tokenizer_is_lossless_and_names_are_single_tokens(subject):
+    _, tokenizer = subject
+    text = "def f(x):\n\treturn 'é' # ☃\n\n  Mira gave it to Tobin."
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) == 4096 and tokenizer.bos_token_id == tokenizer.eos_token_id == 0
+    names = [form for name in lexicon()["name_list"] for form in (name, f" {name}")]
+    assert [name for name in names if len(tokenizer(name)["input_ids"]) > 1] == []
+
+
+def test_card_beats_the_baselines_and_the_thresholds():
+    if not (FOLDER / "card.json").exists():
+        pytest.skip("the bundled subject is not in this checkout")
+    card = json.loads((FOLDER / "card.json").read_text())
+    for row in card["heldout"].values():
+        assert row["high"] < row["trigram"] < row["unigram"]
+    for task in ("indirect_object", "pronoun_agreement"):
+        row = card["tasks"][f"{task}/held_out"]
+        assert row["prompts"] >= 1000 and row["accuracy"] >= 0.95
+    assert card["induction"]["second_half"] < card["induction"]["first_half"] - 1
+
+
+@pytest.mark.parametrize("task", ["indirect_object", "pronoun_agreement"])
+def test_task_numbers_of_the_card_are_measured_again(subject, task):
+    card = json.loads((FOLDER / "card.json").read_text())
+    again = task_accuracy(*subject, bundled_card.TASKS[task](77, 200, "held_out"))
+    stated = card["tasks"][f"{task}/held_out"]
+    assert again["low"] <= stated["high"] and stated["low"] <= again["high"]
+
+
+def test_heldout_losses_of_the_card_are_measured_again(subject):
+    card = json.loads((FOLDER / "card.json").read_text())
+    model, tokenizer = subject
+    texts = {"fables": [text for text, _ in zip(train_bundled.fable_texts(1), range(100), strict=False)]}
+    if platform.python_version() == card["python"]:
+        plan = Plan(**card["plan"])
+        texts["python_docs"] = train_bundled.library_texts(plan, heldout=True)[:100]
+    for name, documents in texts.items():
+        stream = np.concatenate([[*tokenizer(text)["input_ids"], 0] for text in documents])
+        again, stated = heldout_loss(model, stream), card["heldout"][name]
+        assert again["low"] - 0.1 < stated["loss"] < again["high"] + 0.1
+
+
+def test_scores_of_completions_are_sums_of_log_probabilities(subject):
+    model, tokenizer = subject
+    texts, completions = ["Mira gave a key to", "import"], [" Tobin", " os\n"]
+    scores = completion_scores(model, tokenizer, texts, completions)
+    for text, completion, score in zip(texts, completions, scores, strict=True):
+        before, after = tokenizer(text)["input_ids"], tokenizer(completion)["input_ids"]
+        logits = model(torch.tensor([[0, *before, *after]])).logits.log_softmax(-1)[0, len(before) : -1]
+        expected = logits.gather(1, torch.tensor(after)[:, None]).sum()
+        assert torch.isclose(score, expected, atol=1e-4)
