@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['Label', 'Document']
 
-# %% ../../nbs/02_sources/00_documents.ipynb #0e63e398
+# %% ../../nbs/02_sources/00_documents.ipynb #1ec836a0
 from dataclasses import dataclass, field
+
+from ..ground.errors import InputError
 
 # %% ../../nbs/02_sources/00_documents.ipynb #059780fb
 @dataclass(frozen=True)
@@ -18,10 +20,10 @@ class Label:
     start: int  # first character of the span
     end: int  # one past the last character of the span
 
-# %% ../../nbs/02_sources/00_documents.ipynb #6eb5a6c5
+# %% ../../nbs/02_sources/00_documents.ipynb #64c45e82
 @dataclass(frozen=True)
 class Document:
-    "A text, where it comes from and what is known about its spans; a span outside the text raises ValueError."
+    "A text and what is known of it; a label outside the text raises InputError."
 
     text: str  # the text itself
     id: str  # stable and unique within the source
@@ -34,7 +36,7 @@ class Document:
         size = len(self.text)
         for label in self.labels:
             if not 0 <= label.start < label.end <= size:
-                raise ValueError(_bad_span(label, size))
+                raise _bad_span(label, size)
 
     def spans(
         self,
@@ -44,9 +46,11 @@ class Document:
         return [(self.text[o.start : o.end], o.value) for o in self.labels if o.concept == concept]
 
 
-def _bad_span(label: Label, size: int) -> str:
-    "The message for a label whose span is not inside a text of `size` characters."
-    return (
-        f"got {label}; expected 0 <= start < end <= {size}, the length of the text in characters; "
-        "count start and end in characters of Document.text"
+def _bad_span(label: Label, size: int) -> InputError:
+    "The error for a label whose span is not inside a text of `size` characters."
+    return InputError(
+        f"{label}",
+        f"0 <= start < end <= {size}, the length of the text",
+        "count start and end in characters of Document.text",
+        label=label,
     )
