@@ -204,7 +204,7 @@ def _middle(rng: Random) -> list[str]:
     events = iter(("event early", "event late"))
     return [next(events) if steps[i] == "event" else steps[i] for i in order]
 
-# %% ../../nbs/02_sources/02_fables.ipynb #ebf143ba
+# %% ../../nbs/02_sources/02_fables.ipynb #e951e7d4
 def _open(story: Teller) -> None:
     "Tell how a story begins: with its setting, or in the midst of things."
     words, chance = lexicon(), story.rng.random()
@@ -212,7 +212,8 @@ def _open(story: Teller) -> None:
         story.say("opening", story.fresh(words["setting"]))
     if chance < 0.22:
         give(story, "opening")
-        story.say("opening", story.fresh(words["both"]))
+        if chance >= 0.1:
+            story.say("opening", story.fresh(words["both"]))
         return
     if chance < 0.27:
         agree(story, "opening", story.facts["a"])
