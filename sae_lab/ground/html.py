@@ -64,12 +64,11 @@ def tint(share: float | int,                       # 0 nothing to 1 strongest; c
     alpha = round(255 * (0.08 + 0.67 * share)) if share > 0 else 0
     return "#" + "".join(f"{part:02x}" for part in (*hue, alpha))
 
-# %% ../../nbs/00_ground/06_html.ipynb #562b9273
-def _cell(value: object, head: bool = False) -> str:
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    text = number(value) if isinstance(value, (int, float)) else escape(value or "")
-    side = "right" if numeric else "left"
+# %% ../../nbs/00_ground/06_html.ipynb #6df51d77
+def _cell(value: object, head: bool = False, right: bool = False) -> str:
+    text = number(value) if isinstance(value, (int, float)) else escape("" if value is None else value)
     tag, extra = ("th", ";border-bottom:1px solid #8888") if head else ("td", "")
+    side = "right" if right else "left"
     return f'<{tag} style="text-align:{side};padding:2px 14px 2px 0{extra}">{text}</{tag}>'
 
 def table(rows: Iterable[Mapping[str, object]],  # one mapping a row
@@ -80,9 +79,9 @@ def table(rows: Iterable[Mapping[str, object]],  # one mapping a row
     rows = list(rows)
     columns = list(dict.fromkeys(key for row in rows for key in row)) if columns is None else columns
     right = {key for key in columns if any(isinstance(row.get(key), (int, float)) for row in rows)}
-    head = "".join(_cell(key, True).replace("left", "right" if key in right else "left", 1)
-                   for key in columns)
-    body = "".join("<tr>" + "".join(_cell(row.get(key)) for key in columns) + "</tr>" for row in rows)
+    head = "".join(_cell(key, head=True, right=key in right) for key in columns)
+    body = "".join("<tr>" + "".join(_cell(row.get(key), right=key in right) for key in columns) + "</tr>"
+                   for row in rows)
     left = 'style="text-align:left;opacity:.75"'
     title = f"<caption {left}>{escape(caption)}</caption>" if caption else ""
     style = "border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px"

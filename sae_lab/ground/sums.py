@@ -210,7 +210,7 @@ def poisson_weights(docs: Int[Tensor, "n"], # document ids
     "Poisson(1) weights that depend on (seed, document) alone, by inverse CDF."
     return torch.bucketize(uniform(docs, seed, r), _POISSON.to(docs.device), right=True).double()
 
-# %% ../../nbs/00_ground/04_sums.ipynb #c2fe857b
+# %% ../../nbs/00_ground/04_sums.ipynb #74f190d7
 @dataclass(frozen=True, eq=False)
 class Totals:
     "Sums over tokens, and the same sums over bootstrap replicates of the documents."
@@ -229,17 +229,14 @@ class Totals:
            r: int = 200,                              # replicates
            ) -> "Totals":                             # sums of one batch
         "Sum a batch; raises InputError for padding (document -1) and ShapeError for lengths."
-        shapes, flat = _flatten(stats, doc)
-        ids, place = torch.unique(doc.long(), return_inverse=True)
-        sums = flat.new_zeros(len(ids), flat.shape[1]).index_add_(0, place, flat).cpu()
-        ids = ids.cpu()
+        shapes, ids, sums = _document_sums(stats, doc)
         return cls(shapes, sums.sum(0), poisson_weights(ids, seed, r).T @ sums, ids, len(doc), seed)
 
     def __add__(self, other: "Totals") -> "Totals":
         _check_alike(self, other)
-        return Totals(self.shapes, self.totals + other.totals, self.boot + other.boot,
-                      torch.unique(torch.cat([self.ids, other.ids])), self.count + other.count,
-                      self.seed)
+        ids = torch.unique(torch.cat([self.ids, other.ids]))
+        return Totals(self.shapes, self.totals + other.totals, self.boot + other.boot, ids,
+                      self.count + other.count, self.seed)
 
     names = property(lambda self: tuple(self.shapes), doc="Names of the statistics.")
     docs = property(lambda self: len(self.ids), doc="Distinct documents seen.")
@@ -257,7 +254,7 @@ class Totals:
         with np.errstate(all="ignore"): value = float(fn(_split(self.shapes, self.totals)))
         return Measure(name, value, low, high, unit, better, self.count, self.docs, null)
 
-# %% ../../nbs/00_ground/04_sums.ipynb #b857fb33
+# %% ../../nbs/00_ground/04_sums.ipynb #0f06a1f5
 def _check_alike(one: Totals, other: Totals) -> None:
     mine, theirs = ((each.shapes, each.seed, len(each.boot)) for each in (one, other))
     if mine != theirs:
@@ -273,6 +270,12 @@ def _flatten(stats: dict, doc: Tensor) -> tuple[dict, Tensor]:
     flat = [each.detach().double().reshape(len(doc), -1) if len(doc)
             else each.double().new_zeros(0, math.prod(each.shape[1:])) for each in stats.values()]
     return {name: tuple(each.shape[1:]) for name, each in stats.items()}, torch.cat(flat, 1)
+
+def _document_sums(stats: dict, doc: Tensor) -> tuple[dict, Tensor, Tensor]:
+    shapes, flat = _flatten(stats, doc)
+    ids, place = torch.unique(doc.long(), return_inverse=True)
+    sums = flat.new_zeros(len(ids), flat.shape[1]).index_add_(0, place, flat)
+    return shapes, ids.cpu(), sums.cpu()
 
 def _split(shapes: dict, row: Tensor) -> dict:
     "Sums by name: numbers as NumPy float64, so that 0/0 is NaN, vectors as arrays."
