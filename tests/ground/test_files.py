@@ -19,8 +19,9 @@ from sae_lab.ground.files import (
 )
 
 shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
-json_values = st.recursive(st.none() | st.booleans() | st.integers(-2**53, 2**53) | st.floats(allow_nan=False, allow_infinity=False)
-                           | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3)
+plain = (st.none() | st.booleans() | st.integers(-2**53, 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+         | st.text(max_size=8))
+json_values = st.recursive(plain, lambda inner: st.lists(inner, max_size=3)
                            | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=10)
 
 

@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from sae_lab.ground.errors import InputError, ShapeError
 from sae_lab.ground.sums import (
@@ -194,7 +195,8 @@ def test_interval_is_over_documents_not_tokens():
     draws = torch.Generator().manual_seed(0)
     level = torch.randn(50, generator=draws)
     x, doc = level.repeat_interleave(100), torch.arange(50).repeat_interleave(100)
-    found = Totals.of({"x": x, "n": torch.ones(5000)}, doc, r=1000).measure("m", lambda t: t["x"] / t["n"], "-", "neither")
+    total = Totals.of({"x": x, "n": torch.ones(5000)}, doc, r=1000)
+    found = total.measure("m", lambda t: t["x"] / t["n"], "-", "neither")
     by_documents = 2 * 1.96 * float(level.std()) / math.sqrt(50)
     assert (found.high - found.low) / by_documents == pytest.approx(1, abs=0.15)
 
@@ -214,7 +216,7 @@ def test_totals_refuse_what_does_not_fit():
     total = Totals.of({"x": x}, doc)
     for other in (Totals.of({"y": x}, doc), Totals.of({"x": x}, doc, seed=1), Totals.of({"x": x}, doc, r=5)):
         with pytest.raises(InputError): total + other
-    with pytest.raises(ShapeError): Totals.of({"x": x[:3]}, doc)
+    with pytest.raises((ShapeError, TypeCheckError)): Totals.of({"x": x[:3]}, doc)
     with pytest.raises(ShapeError): Totals.of({}, doc)
     with pytest.raises(InputError): Totals.of({"x": x}, doc - 1)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from scipy.optimize import linear_sum_assignment
 
 from sae_lab.ground.errors import InputError, ShapeError
@@ -102,7 +103,7 @@ def test_recovered_counts_each_feature_once():
     assert recovered(true[:4].repeat(5, 1), true) == 0.5
     assert recovered(-true, true) == 0.0
     assert recovered(torch.zeros(3, 8), true) == 0.0
-    with pytest.raises(ShapeError): recovered(torch.zeros(3, 7), true)
+    with pytest.raises((ShapeError, TypeCheckError)): recovered(torch.zeros(3, 7), true)
 
 
 def test_dimensionality_of_known_shapes():
