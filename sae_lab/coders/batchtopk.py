@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['BATCHTOPK', 'next_threshold', 'batchtopk_objective', 'batchtopk']
 
-# %% ../../nbs/01_coders/04_batchtopk.ipynb #142b6848
+# %% ../../nbs/01_coders/04_batchtopk.ipynb #548b8132
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,7 +19,7 @@ from .topk import explain, tied
 from ..ground.errors import InputError
 from ..ground.sparse import Codes, batch_topk_encode
 
-# %% ../../nbs/01_coders/04_batchtopk.ipynb #48aec80c
+# %% ../../nbs/01_coders/04_batchtopk.ipynb #690be88a
 def next_threshold(threshold: Float[Tensor, " d_sae"],  # of the gate, the same for all latents
                    codes: Codes,                        # selected in this batch
                    step: int,                           # steps done
@@ -38,11 +40,11 @@ def batchtopk_objective(coder: Dictionary,            # with a Threshold gate, i
                         ) -> Loss:                    # as for TopK; updates gate.threshold
     "Normalised squared error of the batch's k n largest latents, and AuxK."
     k = coder.spec.args["k"]
-    codes = batch_topk_encode(coder.centred(x), coder.enc, coder.b_enc, k, hints.pool)
-    loss = explain(coder, x, y, codes, hints, aux)
-    threshold = next_threshold(coder.gate.threshold, codes, hints.step, beta)
-    return Loss(loss.total, loss.parts | {"threshold": threshold[0]}, codes,
-                {"gate.threshold": threshold})
+    def select(inputs, enc, bias, pool): return batch_topk_encode(inputs, enc, bias, k, pool)
+    loss = explain(coder, x, y, hints, aux, select)
+    threshold = next_threshold(coder.gate.threshold, loss.codes, hints.step, beta)
+    parts = loss.parts | {"threshold": threshold[0]}
+    return replace(loss, parts=parts, updates={"gate.threshold": threshold})
 
 # %% ../../nbs/01_coders/04_batchtopk.ipynb #1ee144e4
 BATCHTOPK = Recipe(batchtopk_objective, lr=3e-4, eps=6.25e-10, centre="median")

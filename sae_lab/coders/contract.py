@@ -64,7 +64,7 @@ class Spec:
         return cls(**{key: tuple(value) if isinstance(value, list) else value
                       for key, value in data.items()})
 
-# %% ../../nbs/01_coders/00_contract.ipynb #67cbb303
+# %% ../../nbs/01_coders/00_contract.ipynb #3acfa765
 FORMAT = "sae_lab.coder/1"
 
 class AbstractCoder(nn.Module, ABC):
@@ -74,6 +74,7 @@ class AbstractCoder(nn.Module, ABC):
     d_out: int         # width of what it writes
     d_sae: int         # latents
     homogeneous: bool  # True: scaling the data (and folding that) scales the codes
+    per_row: bool = False  # True: decode multiplies each row by a factor that depends on x
 
     @property
     @abstractmethod
@@ -338,7 +339,7 @@ def unfold(coder: AbstractCoder,  # as `fold` made it
     out.spec = blank.spec
     return out
 
-# %% ../../nbs/01_coders/00_contract.ipynb #df7353b4
+# %% ../../nbs/01_coders/00_contract.ipynb #77bb53a6
 def _far(a: Tensor, b: Tensor, tol: float = 2e-5) -> str:
     error, size = float((a - b).norm()), float(b.norm())
     return "" if error <= tol * size + 1e-7 else f"relative difference {error / (size + 1e-30):.1e}"
@@ -362,7 +363,11 @@ def _law_rows(coder: AbstractCoder, x: Tensor) -> str:
 def _law_linear(coder: AbstractCoder, x: Tensor) -> str:
     codes = coder.encode(x)
     none = codes.with_values(torch.zeros_like(codes.values))
-    return _far(coder.decode(codes, x) - coder.decode(none, x), codes.dense() @ coder.W_dec)
+    added, wanted = coder.decode(codes, x) - coder.decode(none, x), codes.dense() @ coder.W_dec
+    if coder.per_row:
+        factor = (added * wanted).sum(1, True) / wanted.square().sum(1, True).clamp(min=1e-30)
+        wanted = wanted * factor.clamp(min=0)
+    return _far(added, wanted)
 
 def _law_forward(coder: AbstractCoder, x: Tensor) -> str:
     codes, y = coder(x)

@@ -5,41 +5,48 @@
 # %% auto #0
 __all__ = ['SPARSE', 'RELU_L1', 'fires', 'relu_dense', 'relu_sparse', 'relu_l1_objective', 'relu_l1']
 
-# %% ../../nbs/01_coders/05_relu.ipynb #50a2d6e9
+# %% ../../nbs/01_coders/05_relu.ipynb #ff463fd6
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, mse_loss
 
 from .contract import Hints, Loss, Recipe, register
-from .dictionary import Dictionary
+from .dictionary import Dictionary, training_inputs
 from .gates import Relu
 from .topk import reports, tied, variance
 from ..ground.sparse import Codes, affine_at, decode, preacts, select_threshold
 
-# %% ../../nbs/01_coders/05_relu.ipynb #487e348e
+# %% ../../nbs/01_coders/05_relu.ipynb #d3c937af
 SPARSE = 1 / 16  # share of latents that fire, below which sparse products are faster
 
-def fires(coder: Dictionary,            # any dictionary
-          x: Float[Tensor, "n d_in"],   # centred inputs
-          ) -> float:                   # share of latents that fire, 0 to 1
-    "Density of the pre-activations' positive part, from the first rows."
-    return float((preacts(x[:64], coder.enc, coder.b_enc) > 0).float().mean())
+def fires(x: Float[Tensor, "n d_in"],       # centred inputs
+          enc: Float[Tensor, "d_sae d_in"], # encoder rows
+          bias: Float[Tensor, " d_sae"],    # encoder bias
+          ) -> float:                       # share of latents that fire, 0 to 1
+    "Density of the pre-activations' positive part, from the first 64 rows."
+    return float((preacts(x[:64], enc, bias) > 0).float().mean())
 
-def relu_dense(coder: Dictionary, x: Float[Tensor, "n d_in"], hints: Hints
+def relu_dense(coder: Dictionary,               # in training units
+               x: Float[Tensor, "n d_in"],      # what is encoded: `training_inputs`
+               bias: Float[Tensor, " d_sae"],   # and its bias
+               hints: Hints,                    # from the loop
                ) -> tuple[Codes, Tensor, Tensor]: # codes, output, sum of the codes
     "Codes and output through dense products."
-    z = linear(x, coder.enc, coder.b_enc).relu()
+    z = linear(x, coder.enc, bias).relu()
     return Codes.from_dense(z.detach()), z @ coder.dec + coder.b_dec, z.sum()
 
-def relu_sparse(coder: Dictionary, x: Float[Tensor, "n d_in"], hints: Hints
+def relu_sparse(coder: Dictionary,               # in training units
+                x: Float[Tensor, "n d_in"],      # what is encoded: `training_inputs`
+                bias: Float[Tensor, " d_sae"],   # and its bias
+                hints: Hints,                    # from the loop
                 ) -> tuple[Codes, Tensor, Tensor]: # codes, output, sum of the codes
     "The same through products at the non-zeros."
-    pre = preacts(x, coder.enc, coder.b_enc, hints.pool)
-    codes = affine_at(x, coder.enc, coder.b_enc, select_threshold(pre, 0.0), hints.pool)
+    codes = select_threshold(preacts(x, coder.enc, bias, hints.pool), 0.0)
+    codes = affine_at(x, coder.enc, bias, codes, hints.pool)
     return codes, decode(codes, coder.dec, coder.b_dec, hints.pool), codes.values.sum()
 
-# %% ../../nbs/01_coders/05_relu.ipynb #0366d3b9
+# %% ../../nbs/01_coders/05_relu.ipynb #64b43117
 def relu_l1_objective(coder: Dictionary,            # with a Relu gate, in training units
                       x: Float[Tensor, "n d_in"],   # inputs, training units
                       y: Float[Tensor, "n d_out"],  # targets, training units
@@ -47,13 +54,12 @@ def relu_l1_objective(coder: Dictionary,            # with a Relu gate, in train
                       l1: float = 0.1,              # price of activity, in units of sigma
                       ) -> Loss:                    # fraction of variance unexplained + price
     "Squared error and L1 of the codes, both over the variance of the batch."
-    centred = coder.centred(x)
-    path = relu_sparse if fires(coder, centred) < SPARSE else relu_dense
-    codes, y_hat, activity = path(coder, centred, hints)
-    error, total = y - y_hat, variance(y)
+    inputs, bias = training_inputs(coder, x)
+    path = relu_sparse if fires(inputs, coder.enc, bias) < SPARSE else relu_dense
+    codes, y_hat, activity = path(coder, inputs, bias, hints)
+    left, total = mse_loss(y_hat, y, reduction="sum"), variance(y)
     price = l1 * (total / len(y)).sqrt() * activity / total
-    parts = reports(codes, error, total) | {"l1": price.detach()}
-    return Loss(error.square().sum() / total + price, parts, codes)
+    return Loss(left / total + price, reports(codes, left, total) | {"l1": price.detach()}, codes)
 
 # %% ../../nbs/01_coders/05_relu.ipynb #a46b7a79
 RELU_L1 = Recipe(relu_l1_objective, lr=3e-4, eps=6.25e-10, centre="median")
