@@ -48,7 +48,7 @@ class _Turns:
                 self.visitors -= 1
                 self.lock.notify_all()
 
-# %% ../../nbs/04_training/07_background.ipynb #929cab5e
+# %% ../../nbs/04_training/07_background.ipynb #d7adb2de
 class _Worker:
     "A thread that runs a run, and what it said."
     @settings_of(begin)
@@ -59,11 +59,13 @@ class _Worker:
         self.run, self.turns = begin(coders, source, **settings), _Turns()
         self.events: list[Event] = []             # all but ticks, oldest first
         self.error: BaseException | None = None   # what made it fail
+        self.done = threading.Event()
         self.thread = threading.Thread(target=self._work, name="sae_lab.background", daemon=True)
 
     def _keep(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
         self.error = error
         self.turns.stepped()
+        self.done.set()
         return True
 
     def _work(self) -> None:
@@ -81,10 +83,10 @@ class _Worker:
         "ready, running, paused, stopped, finished or failed."
         if self.error is not None: return "failed"
         if self.thread.ident is None: return "ready"
-        if self.thread.is_alive(): return "paused" if self.turns.paused else "running"
+        if not self.done.is_set(): return "paused" if self.turns.paused else "running"
         return "finished" if any(isinstance(e, Finished) for e in self.events) else "stopped"
 
-# %% ../../nbs/04_training/07_background.ipynb #74e9d741
+# %% ../../nbs/04_training/07_background.ipynb #cdcc4f4d
 class Background(_Worker):
     "Training in a thread of its own; ask it anything while it runs."
     def start(self) -> "Background":
@@ -114,9 +116,9 @@ class Background(_Worker):
 
     def wait(self, timeout: float | None = None) -> dict[str, AbstractCoder]:
         "Wait for the end (seconds at most); the coders by name. Raises what made the run fail, or Stopped."
-        if self.thread.ident is not None: self.thread.join(timeout)
+        ended = self.thread.ident is None or self.done.wait(timeout)
         if self.error is not None: raise self.error
-        if self.thread.is_alive(): raise Stopped(f"still {self.status} after {timeout} s", do="wait longer")
+        if not ended: raise Stopped(f"still {self.status} after {timeout} s", do="wait longer")
         return self.run.given
 
     def snapshot(self, name: str | None = None) -> AbstractCoder:
