@@ -2,17 +2,20 @@
 
 Everything above sees a subject; only what is said here knows how a model is fetched and bridged.
 """
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..ground.errors import InputError, Unavailable
 from ..ground.files import hash_tensors
 
-__all__ = ["DTYPES", "TOKENIZER_FILES", "pretrained", "native", "untrained"]
+__all__ = ["DTYPES", "TOKENIZER_FILES", "Reached", "Plain", "pretrained", "native", "untrained"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -66,12 +69,85 @@ def _checked_folder(name: str) -> bool:
     return True
 
 
+class Reached(Exception):
+    "Raised inside a model when the last wanted place has fired: nothing behind it is computed."
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """The model as Hugging Face runs it, beside its bridge and on the same weights.
+
+    A bridge computes attention and norms step by step, so that each step can be hooked. Activations at a place that is the
+    input or output of one of the model's own modules can be had without that: fused attention, no step for show.
+    """
+
+    model: nn.Module  # the Hugging Face model
+    places: dict[str, tuple[nn.Module, str]]  # bridge's name of a place -> module and "in" or "out"
+
+    def run(
+        self,
+        tokens: Tensor,  # token ids [batch, pos]
+        places: Iterable[str],  # names, all among `places`
+        stop: bool = True,  # stop behind the last
+    ) -> dict[str, Tensor]:  # activations by name
+        "Activations at some places."
+        wanted, store, handles = set(places), {}, []
+
+        def keep(name: str, act: object) -> None:
+            store[name] = act[0] if isinstance(act, tuple) else act
+            if stop and len(store) == len(wanted):
+                raise Reached
+
+        try:
+            for name in wanted:
+                module, side = self.places[name]
+                if side == "in":
+                    read = lambda _, args, kw, name=name: keep(name, args or kw.get("hidden_states"))
+                    handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(lambda _, args, out, name=name: keep(name, out)))
+            self.model(tokens, use_cache=False)
+        except Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return store
+
+
+@torch.no_grad()
+def _plain(hf: nn.Module, paths: dict[int, str], model: Any) -> Plain:
+    "The places where the Hugging Face model gives what the bridge gives; every one is tried out."
+    places = {}
+    for point in model.hook_dict.values():
+        owner, _, side = str(point.name).rpartition(".hook_")
+        try:
+            path = paths.get(id(model.get_submodule(owner).original_component))
+        except AttributeError:
+            continue
+        if path is not None and side in ("in", "out"):
+            places[point.name] = (hf.get_submodule(path), side)
+    probe = torch.arange(10, device=next(hf.parameters()).device).reshape(2, 5) % model.cfg.d_vocab
+    truth = dict(model.run_with_cache(probe, return_type=None)[1].items())
+    found = Plain(hf, places).run(probe, places, stop=False)
+    return Plain(hf, {name: place for name, place in places.items() if _same(found.get(name), truth.get(name))})
+
+
+def _same(found: object, truth: object) -> bool:
+    if not isinstance(found, Tensor) or not isinstance(truth, Tensor) or not found.is_floating_point():
+        return False
+    if found.ndim != 3 or truth.shape[:2] != found.shape[:2] or truth.numel() != found.numel():
+        return False
+    near = 1e-4 if found.dtype == torch.float32 else 3e-2
+    return bool((found - truth.flatten(2)).float().norm() <= near * truth.float().norm())
+
+
 def pretrained(
     name: str,  # a Hugging Face name, or a local folder with model and tokenizer
     device: str,  # where the model is to live, "cpu" or "cuda"
     dtype: str,  # float32, float16 or bfloat16
     processing: dict[str, bool],  # weight processing by TransformerLens; all False keeps the weights
-) -> tuple[Any, Any, str]:  # bridged model, tokenizer, hash of the weights as published
+) -> tuple[Any, Any, str, Plain | None]:  # bridged model, tokenizer, hash of the published weights, plain model
     "Fetch and bridge a causal language model."
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one of them")
@@ -91,12 +167,16 @@ def pretrained(
                 name=name,
             ) from error
     weights = hash_tensors(dict(hf.state_dict()))
+    hf = hf.to(device).eval()
     hf.config.use_cache = False  # no generation here: keys and values need not be kept
+    twin = copy.deepcopy(hf, {id(each): each for each in hf.parameters()})  # other modules, same weights
+    paths = {id(module): path for path, module in hf.named_modules()}
     with _no_bars():
-        model = bridge.boot_transformers(name, hf_model=hf.to(device), tokenizer=tokenizer, device=device)
-    if any(processing.values()):
-        model.enable_compatibility_mode(disable_warnings=True, **processing)
-    return model.eval(), tokenizer, weights
+        model = bridge.boot_transformers(name, hf_model=hf, tokenizer=tokenizer, device=device).eval()
+    if not any(processing.values()):
+        return model, tokenizer, weights, _plain(twin, paths, model)
+    model.enable_compatibility_mode(disable_warnings=True, **processing)
+    return model.eval(), tokenizer, weights, None
 
 
 def native(

@@ -70,8 +70,8 @@ def label_codes(offsets: Sequence[tuple[int, int]], # first and one past the las
         codes[(starts < label.end) & (ends > label.start)] = values.setdefault(label.value, len(values))
     return codes
 
-# %% ../../nbs/02_sources/05_corpus.ipynb #6bc67831
-@dataclass(frozen=True, eq=False)
+# %% ../../nbs/02_sources/05_corpus.ipynb #a18d4d49
+@dataclass(frozen=True, eq=False, repr=False)
 class Tokens:
     "Sequences of token ids that know where each token came from."
     ids: Int[Tensor, "batch pos"]       # token ids
@@ -82,6 +82,7 @@ class Tokens:
     concepts: dict[str, Concept] = field(default_factory=dict) # labels by concept
 
     def __len__(self) -> int: return len(self.ids)
+    def __repr__(self) -> str: return f"Tokens({len(self)} sequences, {self.n} usable tokens)"
 
     @property
     def n(self) -> int:
@@ -196,8 +197,8 @@ def encoded(documents: Iterable[Document],   # what to encode
         offsets = out["offset_mapping"] if fast else [[(0, 0)] * len(ids) for ids in out["input_ids"]]
         yield from zip(group, out["input_ids"], offsets)
 
-# %% ../../nbs/02_sources/05_corpus.ipynb #3f541376
-@dataclass(frozen=True, eq=False)
+# %% ../../nbs/02_sources/05_corpus.ipynb #12874c0f
+@dataclass(frozen=True, eq=False, repr=False)
 class Corpus:
     "Documents that can be read again and again, with a name and a provenance."
     documents: Callable[[], Iterable[Document]]  # gives the documents anew at each call; may be endless
@@ -205,6 +206,7 @@ class Corpus:
     provenance: Mapping[str, Any] = field(default_factory=dict) # what made it, JSON-able
 
     def __iter__(self) -> Iterator[Document]: return iter(self.documents())
+    def __repr__(self) -> str: return f"Corpus({self.name}, {dict(self.provenance)})"
 
     def split(self,
               part: str,                       # "fit", "explain" or "score"

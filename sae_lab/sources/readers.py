@@ -16,7 +16,7 @@ from .documents import Document
 from .fables import fables
 from .python_docs import python_docs
 
-# %% ../../nbs/02_sources/04_readers.ipynb #3ca97f21
+# %% ../../nbs/02_sources/04_readers.ipynb #1f87a2de
 def listed(path: str | Path,   # a file, or a folder
            glob: str,          # which files of the folder
            ) -> list[tuple[Path, str]]: # files in order, each with its name relative to the folder
@@ -37,12 +37,12 @@ def text_files(path: str | Path,          # a file, or a folder
     for file, name in listed(path, glob):
         try: whole = file.read_text(encoding=encoding)
         except UnicodeDecodeError as error:
-            raise DamagedFile(f"{file} is not {encoding} ({error.reason} at byte {error.start})", f"text in {encoding}",
+            raise DamagedFile(f"{file} is not {encoding} ({error.reason}, byte {error.start})", f"text in {encoding}",
                               "pass its encoding, such as 'latin-1'", path=str(file)) from error
         for number, text in enumerate(whole.split(separator) if separator else [whole]):
             if text.strip(): yield Document(text, f"{name}#{number}" if separator else name, "text")
 
-# %% ../../nbs/02_sources/04_readers.ipynb #67dfd05d
+# %% ../../nbs/02_sources/04_readers.ipynb #1e565577
 def json_lines(path: str | Path,        # a file, or a folder
                field: str = "text",     # where the text is
                glob: str = "**/*.jsonl",  # which files of the folder
@@ -57,7 +57,7 @@ def json_lines(path: str | Path,        # a file, or a folder
 def _row(line: str, file: Path, number: int) -> dict:
     try: row = json.loads(line)
     except ValueError as error:
-        raise DamagedFile(f"{file}, line {number}, is no JSON ({error})", "one object a line", "mend or remove the line",
+        raise DamagedFile(f"{file}, line {number}, is no JSON ({error})", "one object a line", "mend the line",
                           path=str(file), line=number) from error
     if isinstance(row, dict): return row
     raise DamagedFile(f"{file}, line {number}, is a {type(row).__name__}", "an object", path=str(file), line=number)
@@ -69,7 +69,7 @@ def _from_row(row: Mapping, field: str, id: str, source: str, meta: tuple[str, .
         raise InputError(f"field {field!r} of {id} is {type(row[field]).__name__}", "text", "choose another field")
     return Document(row[field], id, source, meta={name: row[name] for name in meta})
 
-# %% ../../nbs/02_sources/04_readers.ipynb #7a179bfc
+# %% ../../nbs/02_sources/04_readers.ipynb #d75f2eef
 def hf_dataset(name: str,                # name on the Hub, or a local folder
                field: str = "text",      # column with the text
                split: str = "train",     # which split
@@ -77,7 +77,7 @@ def hf_dataset(name: str,                # name on the Hub, or a local folder
                streaming: bool = True,   # row by row from the network
                meta: tuple[str, ...] = (), # columns to keep beside the text
                ) -> Iterator[Document]:  # ids "name:split:row"
-    "Documents from a Hugging Face dataset; raises Unavailable without the library, InputError for what cannot be loaded."
+    "Documents from a Hugging Face dataset; raises Unavailable, and InputError for what cannot be loaded."
     try: import datasets
     except ImportError as error:
         raise Unavailable("the datasets library is missing", do="pip install datasets") from error
@@ -92,10 +92,10 @@ def hf_dataset(name: str,                # name on the Hub, or a local folder
     for number, row in enumerate(rows):
         yield _from_row(row, field, f"{Path(name).name}:{split}:{number}", "hf", meta)
 
-# %% ../../nbs/02_sources/04_readers.ipynb #8f403bcd
+# %% ../../nbs/02_sources/04_readers.ipynb #259047e8
 def mixed(streams: Mapping[str, Iterable[Document]], # by name
           shares: Mapping[str, float] | None = None, # relative, by name; None: equal
-          whole: bool = False,  # False: end with the first stream that ends, so that the shares hold; True: with the last
+          whole: bool = False,  # end with the last stream that ends; False: with the first, so that the shares hold
           ) -> Iterator[Document]:
     "Interleave streams of documents by characters."
     left = {name: iter(stream) for name, stream in streams.items()}

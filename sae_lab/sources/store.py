@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DTYPES', 'FACTS', 'shard_tensors', 'shard_name', 'write_store', 'ActivationStore', 'StoreSource']
 
-# %% ../../nbs/02_sources/08_store.ipynb #4ae53c14
+# %% ../../nbs/02_sources/08_store.ipynb #90d39ee5
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from ..ground.files import (MANIFEST, hash_json, load_tensors, read_json, read_m
 from ..ground.html import table
 from .stream import Batch, Source, picked
 
-# %% ../../nbs/02_sources/08_store.ipynb #b54d7e4b
+# %% ../../nbs/02_sources/08_store.ipynb #0db8af11
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FACTS = ("token", "doc", "seq", "pos")
 
@@ -34,16 +34,16 @@ def shard_tensors(batch: Batch,        # the tokens of one shard
     for hook, x in batch.acts.items():
         cast = x.to(DTYPES[dtype])
         if not torch.isfinite(cast).all():
-            known = bool(torch.isfinite(x).all())
-            raise NumericError(f"{hook} has {'numbers up to ' + format(float(x.abs().max()), 'g') if known else 'NaN or infinity'}",
-                               f"finite numbers that fit {dtype}", "use bfloat16 or float32" if known else "look at the model",
-                               hook=hook)
+            large = bool(torch.isfinite(x).all())
+            came = f"numbers up to {float(x.abs().max()):g}" if large else "NaN or infinity"
+            raise NumericError(f"{hook} has {came}", f"finite numbers that fit {dtype}",
+                               "use bfloat16 or float32" if large else "look at the model there", hook=hook)
         tensors[f"acts.{hook}"] = cast
         tensors[f"sum.{hook}"] = x.sum(0, dtype=torch.float64)
         tensors[f"length.{hook}"] = x.norm(dim=-1).sum(dtype=torch.float64)
     return tensors
 
-# %% ../../nbs/02_sources/08_store.ipynb #967ce2e5
+# %% ../../nbs/02_sources/08_store.ipynb #9bd8cfaf
 def shard_name(number: int) -> str: # number: from 0
     "File name of a shard."
     return f"shard-{number:05d}.safetensors"
@@ -57,7 +57,7 @@ def _kept(folder: Path, facts: dict) -> dict:
     if not (folder / MANIFEST).exists(): return {}
     manifest = _unchecked(folder)
     if manifest["facts"] != facts:
-        raise InputError(f"{folder} holds another store", "an empty folder, or the same source, dtype and shard size",
+        raise InputError(f"{folder} holds another store", "the same source, dtype and shard size, or nothing",
                          "choose another folder, or remove this one", path=str(folder))
     kept = {}
     for name, entry in manifest["files"].items():
@@ -73,7 +73,7 @@ def _unchecked(folder: Path) -> dict:
         raise DamagedFile(f"{folder / MANIFEST} is no manifest", "a store's manifest", path=str(folder / MANIFEST))
     return from_disk
 
-# %% ../../nbs/02_sources/08_store.ipynb #82293dc1
+# %% ../../nbs/02_sources/08_store.ipynb #1c8387bb
 def write_store(source: Source,              # finite batches of activations
                 folder: str | Path,          # where to; an unfinished store of the same source is gone on with
                 dtype: str = "float16",      # float32, float16 or bfloat16
@@ -81,7 +81,8 @@ def write_store(source: Source,              # finite batches of activations
                 ) -> Path:                   # the folder
     "Write a source to disk; raises Stopped when the disk is full, NumericError, InputError."
     if dtype not in DTYPES or shard_tokens < 1:
-        raise InputError(f"dtype {dtype!r}, {shard_tokens} tokens a shard", f"one of {', '.join(DTYPES)}, and at least 1")
+        raise InputError(f"dtype {dtype!r}, {shard_tokens} tokens a shard",
+                         f"one of {', '.join(DTYPES)}, and at least 1")
     folder, each = Path(folder), -(-shard_tokens // source.batch_size)
     facts = dict(kind="activations", source=source.identity, hooks=list(source.hooks), widths=source.widths,
                  dtype=dtype, shard_tokens=each * source.batch_size, n_tokens=source.n_tokens)

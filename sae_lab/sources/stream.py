@@ -6,10 +6,9 @@
 __all__ = ['CHUNK', 'Batch', 'Source', 'generator', 'order', 'picked', 'norms', 'TensorSource', 'harvest', 'usable', 'rebatched',
            'Stream', 'BosReport', 'bos_report']
 
-# %% ../../nbs/02_sources/07_stream.ipynb #95b52d14
+# %% ../../nbs/02_sources/07_stream.ipynb #c33fb382
 import hashlib
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,8 +24,8 @@ from ..ground.html import table
 from .corpus import Tokens
 from .subject import Subject
 
-# %% ../../nbs/02_sources/07_stream.ipynb #18a5f8cb
-@dataclass(frozen=True, eq=False)
+# %% ../../nbs/02_sources/07_stream.ipynb #e9c7f612
+@dataclass(frozen=True, eq=False, repr=False)
 class Batch:
     "Activations of `n` tokens at one or several hooks, and where the tokens stood."
     acts: dict[str, Float[Tensor, "n _"]]  # by hook, model units
@@ -36,6 +35,7 @@ class Batch:
     pos: Int[Tensor, "n"]                  # position in that sequence, -1 none
 
     def __len__(self) -> int: return len(self.token)
+    def __repr__(self) -> str: return f"Batch({len(self)} tokens, {', '.join(self.acts)})"
 
     def joined(self,
                hooks: Sequence[str],          # hooks in the coder's order

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASSIC', 'places', 'Port', 'Words', 'Runs', 'token_loss', 'Losses', 'Readout', 'Subject']
 
-# %% ../../nbs/02_sources/06_subject.ipynb #fc5b60be
+# %% ../../nbs/02_sources/06_subject.ipynb #30e1ae87
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +22,12 @@ from torch import Tensor
 from ..ground.errors import InputError, ShapeError, Unavailable, unknown
 from ..ground.files import hash_tensors
 from ..ground.html import table
-from .bridge import pretrained
+from .bridge import Plain, Reached, pretrained
 
-# %% ../../nbs/02_sources/06_subject.ipynb #429163d1
-CLASSIC = re.compile(r"hook_(embed|pos_embed)|ln_final\.hook_(scale|normalized)|blocks\.\d+\.(hook_(resid_(pre|mid|post)|"
-                     r"attn_out|mlp_out)|ln[12]\.hook_(scale|normalized)|attn\.hook_(q|k|v|z|rot_q|rot_k|result)|"
+# %% ../../nbs/02_sources/06_subject.ipynb #b087e2a4
+CLASSIC = re.compile(r"hook_(embed|pos_embed)|ln_final\.hook_(scale|normalized)|"
+                     r"blocks\.\d+\.(hook_(resid_(pre|mid|post)|attn_out|mlp_out)|"
+                     r"ln[12]\.hook_(scale|normalized)|attn\.hook_(q|k|v|z|rot_q|rot_k|result)|"
                      r"mlp\.hook_(pre|pre_linear|mid|post))")
 
 def places(model: Any,                       # anything with run_with_cache, hook_dict and cfg
@@ -49,8 +50,8 @@ def places(model: Any,                       # anything with run_with_cache, hoo
             folded[best] = (torch.Size(shape[2:]).numel(), tuple(names))
     return folded
 
-# %% ../../nbs/02_sources/06_subject.ipynb #8128fd28
-@dataclass(frozen=True, eq=False)
+# %% ../../nbs/02_sources/06_subject.ipynb #aa01fa16
+@dataclass(frozen=True, eq=False, repr=False)
 class Port:
     "A model, its tokenizer and the facts about them."
     model: Any             # the wrapped model
@@ -65,6 +66,9 @@ class Port:
     d_mlp: int             # neurons an MLP layer
     d_vocab: int           # tokens of the vocabulary
     n_ctx: int             # tokens a sequence may have
+    plain: Plain | None = None  # the same model without the bridge's hooks, for places it has by itself
+
+    def __repr__(self) -> str: return f"{type(self).__name__}({self.name}, {self.n_layers} layers of {self.d_model})"
 
     @property
     def device(self) -> torch.device: return next(self.model.parameters()).device
@@ -127,17 +131,14 @@ class Words(Port):
         flat = torch.as_tensor(ids).flatten().tolist()
         return self._speaker().decode(flat, clean_up_tokenization_spaces=False)
 
-# %% ../../nbs/02_sources/06_subject.ipynb #9dedf00c
-class _Reached(Exception):
-    "The last wanted place has fired."
-
+# %% ../../nbs/02_sources/06_subject.ipynb #6ccb7a63
 def _listed(hooks: str | Iterable[str]) -> list[str]:
     return [hooks] if isinstance(hooks, str) else list(hooks)
 
 def _recorder(store: dict, name: str, wanted: int | None) -> Callable:
     def record(act, hook):
         store[name] = act.flatten(2)
-        if len(store) == wanted: raise _Reached
+        if len(store) == wanted: raise Reached
     return record
 
 def _editor(edit: Callable) -> Callable:
@@ -160,7 +161,19 @@ def _checked(subject: Port, tokens: Tensor) -> Tensor:
                          "use this subject's own tokenizer", low=low, high=high)
     return tokens
 
-# %% ../../nbs/02_sources/06_subject.ipynb #21a9e31f
+# %% ../../nbs/02_sources/06_subject.ipynb #993fcc05
+def _observe(subject: Port, tokens: Tensor, points: dict[str, str]) -> dict[str, Tensor]:
+    "Activations by classic name at hook points, from the plain model where it has them all."
+    if subject.plain is not None and set(points.values()) <= subject.plain.places.keys():
+        found = subject.plain.run(tokens, points.values())
+        return {name: found[point] for name, point in points.items()}
+    store: dict[str, Tensor] = {}
+    record = [(point, _recorder(store, name, len(points))) for name, point in points.items()]
+    try: subject.model.run_with_hooks(tokens, fwd_hooks=record, return_type=None)
+    except Reached: pass
+    return store
+
+# %% ../../nbs/02_sources/06_subject.ipynb #f596d990
 class Runs(Words):
     "Activations, with and without edits on the way."
 
@@ -169,21 +182,19 @@ class Runs(Words):
             hooks: str | Iterable[str],        # places, by any of their names
             ) -> dict[str, Float[Tensor, "batch pos _"]]: # by the names asked for, model units
         "Activations at some places, stopping right after the last; raises UnknownName, InputError."
-        hooks, store = _listed(hooks), {}
+        hooks = _listed(hooks)
         if not hooks: raise InputError("no hook", "at least one hook", "see subject.hooks")
-        wanted = {self.hook(name) for name in hooks}
-        record = [(self._point(name), _recorder(store, name, len(wanted))) for name in wanted]
-        with torch.no_grad():
-            try: self.model.run_with_hooks(_checked(self, tokens), fwd_hooks=record, return_type=None)
-            except _Reached: pass
-        return {name: store[self.hook(name)] for name in hooks}
+        points = {self.hook(name): self._point(name) for name in hooks}
+        with torch.no_grad(): found = _observe(self, _checked(self, tokens), points)
+        return {name: found[self.hook(name)] for name in hooks}
 
     def run_with(self,
                  tokens: Int[Tensor, "batch pos"],  # token ids on the subject's device
                  edits: Mapping[str, Callable[[Tensor], Tensor]], # place -> function of its activations [batch pos d]
                  hooks: str | Iterable[str] = (),   # places to record, after the edits
                  grad: bool = False,                # keep the graph, to differentiate through the model
-                 ) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Float[Tensor, "batch pos _"]]]: # logits, activations
+                 ) -> tuple[Float[Tensor, "batch pos d_vocab"], # next-token logits
+                            dict[str, Float[Tensor, "batch pos _"]]]: # activations by the names asked for, model units
         "Run with activations changed on the way; nothing is left behind, also after an exception."
         hooks, store = _listed(hooks), {}
         change = [(self._point(name), _editor(edit)) for name, edit in edits.items()]
@@ -197,10 +208,10 @@ class Runs(Words):
         point = self.model.hook_dict[self.hook(name)]
         return point.name or self.hook(name)
 
-# %% ../../nbs/02_sources/06_subject.ipynb #d116583c
+# %% ../../nbs/02_sources/06_subject.ipynb #2e119464
 def token_loss(logits: Float[Tensor, "batch pos d_vocab"], # next-token logits
                tokens: Int[Tensor, "batch pos"],           # the tokens they were computed on
-               ) -> Float[Tensor, "batch n"]:                # n = pos - 1: nats, entry i is about token i + 1; lower is better
+               ) -> Float[Tensor, "batch n"]:                # n = pos - 1: nats about token i + 1; lower is better
     "Cross-entropy of each token given those before it."
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(),
                            reduction="none").reshape(len(tokens), -1)
@@ -266,7 +277,7 @@ class Readout(Losses):
             raise ShapeError(f"directions of width {directions.shape[1]}", f"{len(way)} at {self.hook(hook)}")
         return directions.float().to(self.device) @ way @ self.unembed()
 
-# %% ../../nbs/02_sources/06_subject.ipynb #ee894d0e
+# %% ../../nbs/02_sources/06_subject.ipynb #9c6ecfde
 def _wrap(cls: type, model: Any, tokenizer: Any, name: str | None) -> "Subject":
     missing = [need for need in ("cfg", "hook_dict", "run_with_cache", "run_with_hooks") if not hasattr(model, need)]
     if missing:
@@ -287,6 +298,7 @@ def _facts(model: Any, tokenizer: Any, name: str, identity: dict) -> dict:
                 hooks=MappingProxyType({place: width for place, (width, _) in found.items()}),
                 aliases=MappingProxyType({n: place for place, (_, names) in found.items() for n in names}))
 
+# %% ../../nbs/02_sources/06_subject.ipynb #04b98b79
 class Subject(Readout):
     "A language model under study."
 
@@ -313,10 +325,10 @@ class Subject(Readout):
         "A pretrained model; raises InputError for what cannot be loaded."
         processing = dict(fold_ln=fold_ln, center_writing_weights=center_writing_weights,
                           center_unembed=center_unembed, fold_value_biases=fold_value_biases)
-        model, tokenizer, weights = pretrained(str(path), device, dtype, processing)
+        model, tokenizer, weights, plain = pretrained(str(path), device, dtype, processing)
         name = name or Path(path).name
         identity = dict(name=name, weights=weights, processing=processing, dtype=dtype)
-        return cls(**_facts(model, tokenizer, name, identity))
+        return cls(**_facts(model, tokenizer, name, identity), plain=plain)
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any = None, name: str | None = None) -> "Subject":
