@@ -1,44 +1,87 @@
-"Tensor kernels of sparse codes: exact selection, products along a sparse support, reused memory."
+"""Tensor kernels of sparse codes: exact selection, products along a sparse support, reused memory.
+
+Sizes in the comments: n rows, m or d_sae columns, nnz stored entries, d features. Selection looks at the
+maxima of groups of columns first; a group is a set of `group` columns `m // group` apart, so that its
+maximum is elementwise over contiguous memory.
+"""
 
 import warnings
+import weakref
 from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array
 from torch import Tensor
 
 __all__ = [
     "Pool",
     "Support",
-    "largest",
-    "kth_largest",
-    "row_topk",
     "above",
+    "affine",
     "batch_topk",
+    "combine_columns",
     "combine_rows",
     "dots",
-    "combine_columns",
+    "kth_largest",
+    "row_topk",
     "sums",
-    "affine",
+    "tangent_",
+    "unit_rows_",
 ]
 
-FAST = (torch.float32, torch.float64)  # dtypes with sparse CPU products
+FAST = (torch.float32, torch.float64)  # dtypes with sparse products on a CPU
+GROUP = 8  # columns whose maximum stands for them when looking for large entries
 
 
 class Pool:
-    "Memory lent to large tensors and lent again once nothing refers to them; CPU only."
+    """Memory lent to large tensors, and lent again once nothing refers to it.
+
+    A large tensor from the system comes as untouched pages, and touching them first costs as much as a
+    quarter of the product that fills them. Memory returns by itself when the last tensor in it goes, so a
+    result that is kept stays valid. For one thread; on other devices than a CPU it just allocates.
+    """
 
     def __init__(self):
-        self._blocks = {}
+        self._blocks: list[np.ndarray] = []
+        self._lent: list[weakref.ref] = []  # what each block was last lent as; dead when it is back
+
+    @property
+    def nbytes(self) -> int:  # bytes held, lent or not
+        return sum(block.nbytes for block in self._blocks)
 
     def empty(
         self,
         shape: tuple[int, ...],  # shape wanted
         like: Tensor,  # dtype and device wanted
-    ) -> Tensor:  # uninitialised; its memory returns to the pool when the last reference goes
-        "An uninitialised tensor, in memory used before where there is some."
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    ) -> Tensor:  # uninitialised
+        "An uninitialised tensor, in memory used before where some is free."
+        size = int(np.prod(shape)) * like.element_size()
+        if like.device.type != "cpu" or size == 0:
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+        i = self._find(size)
+        skip = -self._blocks[i].ctypes.data % 64
+        part = self._blocks[i][skip : skip + size]
+        self._lent[i] = weakref.ref(part)
+        return torch.from_numpy(part).view(like.dtype).view(shape)
+
+    def _find(self, size: int) -> int:
+        "The smallest free block that fits and is not far too large; a new one if there is none."
+        fits = [
+            (block.nbytes, i)
+            for i, block in enumerate(self._blocks)
+            if self._lent[i]() is None and size <= block.nbytes - 64 <= 2 * size + 4096
+        ]
+        if fits:
+            return min(fits)[1]
+        self._blocks.append(np.empty(size + 64, dtype=np.uint8))
+        self._lent.append(weakref.ref(self._blocks[-1][:0]))
+        return len(self._blocks) - 1
+
+
+def _take(pool: Pool | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return (pool or Pool()).empty(shape, like)
 
 
 class Support:
@@ -55,6 +98,7 @@ class Support:
 
     @cached_property
     def flat(self) -> Int[Tensor, "nnz"]:
+        "Latent of each stored entry, one after another."
         return self.indices.reshape(-1).int()
 
     @cached_property
@@ -77,92 +121,171 @@ class Support:
     @cached_property
     def columns(self) -> tuple[Int[Tensor, "d1"], Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
         "The transpose: start of each latent's entries, their rows, and the order they are taken in."
-        _, order = torch.sort(self.flat, stable=True)
-        counts = torch.bincount(self.flat, minlength=self.d_sae)
+        if self.flat.device.type == "cpu" and self.flat.numel():
+            order = np.arange(len(self.flat), dtype=np.int32)
+            entries = (order, self.flat.numpy(), self.starts.numpy())
+            by_latent = csr_array(entries, shape=(self.n, self.d_sae)).tocsc()
+            return tuple(map(torch.from_numpy, (by_latent.indptr, by_latent.indices, by_latent.data)))
+        order = torch.argsort(self.flat, stable=True)
         starts = torch.zeros(self.d_sae + 1, dtype=torch.int32, device=order.device)
-        starts[1:] = counts.cumsum(0)
-        return starts, self.rows[order].int(), order
+        starts[1:] = torch.bincount(self.flat, minlength=self.d_sae).cumsum(0)
+        return starts, self.rows[order].int(), order.int()
 
 
-def largest(
-    scores: Float[Tensor, "n m"],  # any scores
-    k: int,  # how many a row, at most m
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:  # values and positions, unordered
-    "The k largest of each row."
-    return torch.topk(scores, k, dim=1, sorted=False)
-
-
-def row_topk(
-    scores: Float[Tensor, "n m"],  # any scores
-    k: int,  # how many a row, at most m
-    group: int = 16,  # columns whose maximum is looked at first
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:  # values and columns (int32), unordered
-    "The exact k largest of each row, found through the maxima of groups of columns."
-    n, m = scores.shape
-    width = m // group
-    if k * group * 2 > m or scores.device.type != "cpu":
-        values, columns = largest(scores, k)
-        return values, columns.int()
-    blocks = scores[:, : width * group].view(n, group, width)
-    chosen = largest(blocks.amax(1), k)[1]
-    inside = torch.gather(blocks, 2, chosen[:, None].expand(n, group, k)).view(n, group * k)
-    if width * group < m:
-        inside = torch.cat([inside, scores[:, width * group :]], 1)
-    values, where = largest(inside, k)
-    block, slot = where // k, where % k
-    columns = block * width + torch.gather(chosen, 1, slot)
-    return values, torch.where(where < group * k, columns, where + width * group - group * k).int()
+def _flatnonzero(mask: Bool[Tensor, "..."]) -> Int[Tensor, "nnz"]:
+    "Flat positions of the true entries, ascending."
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.reshape(-1).nonzero()[:, 0]
 
 
 def kth_largest(
-    values: Float[Tensor, "m"],  # any values
+    values: Float[Tensor, "m"],  # any values; NaN counts as largest
     k: int,  # rank, from 1 to m
 ) -> Float[Tensor, ""]:  # the k-th largest of them
     "The k-th largest value."
-    m = values.numel()
+    at = values.numel() - k
     if values.device.type == "cpu" and values.dtype in FAST:
-        return torch.from_numpy(np.partition(values.numpy(), m - k)[m - k : m - k + 1])[0]
-    return torch.kthvalue(values, m - k + 1).values
+        return torch.from_numpy(np.partition(values.numpy(), at)[at : at + 1])[0]
+    return torch.kthvalue(values, at + 1).values
 
 
-def _grid(scores: Float[Tensor, "n m"], group: int):
-    "Scores as whole groups, and the columns left over."
+def _maxima(scores: Float[Tensor, "n m"], group: int) -> Float[Tensor, "n w"]:
+    "The maximum of each group of columns; columns beyond the last whole group are left out."
     n, m = scores.shape
     width = m // group
-    return scores[:, : width * group].view(n, group, width), scores[:, width * group :], width
+    return scores[:, : width * group].view(n, group, width).amax(1)
+
+
+def _factors(m: int, k: int) -> list[int]:
+    "Group sizes, finest first, that bring m columns down to a few times k."
+    factors = []
+    while m >= 16 * k:
+        factors.append(8 if m >= 256 * k else 4)
+        m //= factors[-1]
+    return factors
+
+
+def row_topk(
+    scores: Float[Tensor, "n m"],  # any scores; NaN counts as largest
+    k: int,  # how many a row, at most m
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:  # values and columns (int32), unordered
+    """The exact k largest of each row.
+
+    The k largest lie in the k groups with the largest maxima, so these groups are found first, by the
+    same rule, and only their members compared.
+    """
+    factors = _factors(scores.shape[1], k) if scores.device.type == "cpu" else []
+    levels = [scores]
+    for group in factors:
+        levels.append(_maxima(levels[-1], group))
+    values, columns = torch.topk(levels.pop(), k, dim=1, sorted=False)
+    for group in reversed(factors):
+        level = levels.pop()
+        width = level.shape[1] // group
+        steps = torch.arange(0, group * width, width, device=level.device)
+        columns = (columns[:, None, :] + steps[:, None]).view(len(level), -1)
+        if group * width < level.shape[1]:
+            rest = torch.arange(group * width, level.shape[1], device=level.device)
+            columns = torch.cat([columns, rest.expand(len(level), -1)], 1)
+        values, kept = torch.topk(level.gather(1, columns), k, dim=1, sorted=False)
+        columns = columns.gather(1, kept)
+    return values, columns.int()
+
+
+def _members(
+    scores: Float[Tensor, "n m"],  # contiguous
+    groups: Int[Tensor, "c"],  # flat positions in `_maxima(scores, GROUP)`, ascending
+) -> Int[Tensor, "e"]:  # flat positions in scores, rows ascending; left over columns included
+    "The entries of some groups, and of the columns that belong to none."
+    n, m = scores.shape
+    width = m // GROUP
+    first = groups + groups.div(width, rounding_mode="floor") * (m - width)
+    steps = torch.arange(0, GROUP * width, width, device=groups.device)
+    members = (first[:, None] + steps).view(-1)
+    if GROUP * width == m:
+        return members
+    rest = torch.arange(GROUP * width, m, device=groups.device)
+    rest = rest + torch.arange(0, n * m, m, device=groups.device)[:, None]
+    return torch.cat([members, rest.view(-1)]).sort().values
+
+
+def _entries(
+    scores: Float[Tensor, "n m"],  # contiguous
+    at: Int[Tensor, "nnz"],  # flat positions
+    values: Float[Tensor, "nnz"],  # scores there
+) -> tuple[Float[Tensor, "nnz"], Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
+    rows = at.div(max(scores.shape[1], 1), rounding_mode="floor")
+    return values, rows, (at - rows * scores.shape[1]).int()
 
 
 def above(
     scores: Float[Tensor, "n m"],  # any scores
-    floor: Float[Tensor, "m"] | Float[Tensor, ""] | float | int,  # entries above it are kept
+    floor: Float[Tensor, "m"] | Float[Tensor, ""] | float | int,  # one for each column, or for all
 ) -> tuple[Float[Tensor, "nnz"], Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:  # values, rows, columns
-    "Every entry above a floor, and every NaN, in row order."
-    rows, columns = (~(scores <= floor)).nonzero(as_tuple=True)
-    return scores[rows, columns], rows, columns
+    "Every entry above its floor, and every NaN, rows ascending."
+    scores = scores.contiguous()
+    m = scores.shape[1]
+    width = m // GROUP
+    floor = torch.as_tensor(floor, dtype=scores.dtype, device=scores.device).expand(m)
+    if width == 0 or len(scores) == 0:
+        at = _flatnonzero(~(scores <= floor))
+        return _entries(scores, at, scores.reshape(-1)[at])
+    lowest = floor[: width * GROUP].view(GROUP, width).amin(0)
+    at = _members(scores, _flatnonzero(~(_maxima(scores, GROUP) <= lowest)))
+    values = scores.view(-1)[at]
+    keep = _flatnonzero(~(values <= floor[at % m]))
+    return _entries(scores, at[keep], values[keep])
 
 
 def batch_topk(
     scores: Float[Tensor, "n m"],  # any scores
     count: int,  # how many in all
-    group: int = 16,  # columns whose maximum is looked at first
 ) -> tuple[Float[Tensor, "nnz"], Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:  # values, rows, columns
-    "The exact `count` largest positive entries of the whole batch, in row order; the first of equals."
-    zero = scores.new_zeros(())
+    """The exact `count` largest positive entries of the whole batch, rows ascending, the first of equals.
+
+    The count-th largest maximum of a group bounds the count-th largest entry from below, and no better
+    bound is needed: hardly any entry lies between.
+    """
+    scores = scores.contiguous()
+    width = scores.shape[1] // GROUP
     if count <= 0 or scores.numel() == 0:
-        return above(scores, zero + float("inf"))
-    blocks, _, width = _grid(scores, group)
-    floor = zero
-    if width and blocks.shape[0] * width > count:
-        floor = torch.maximum(zero, kth_largest(blocks.amax(1).view(-1), count))
-    below = torch.nextafter(floor, floor - 1) if floor > 0 else floor
-    values, rows, columns = above(scores, below)
-    if len(values) > count:
-        edge = kth_largest(values, count)
-        more, same = ~(values <= edge), values == edge
-        spare = count - more.sum()
-        keep = (more | (same & (same.cumsum(0) <= spare))).nonzero()[:, 0]
-        values, rows, columns = values[keep], rows[keep], columns[keep]
-    return values, rows, columns
+        return above(scores, torch.inf)
+    if len(scores) * width < 2 * count:
+        values, rows, columns = above(scores, 0.0)
+        keep = _flatnonzero(_first(values, count))
+        return values[keep], rows[keep], columns[keep]
+    maxima = _maxima(scores, GROUP)
+    least = torch.nextafter(*torch.tensor([0.0, 1.0], dtype=scores.dtype))
+    floor = kth_largest(maxima.view(-1), count).cpu().clamp(min=least).item()
+    at = _members(scores, _flatnonzero(~(maxima < floor)))
+    values = scores.view(-1)[at]
+    near = _flatnonzero(~(values < floor))
+    at, values = at[near], values[near]
+    keep = _flatnonzero(_first(values, count))
+    return _entries(scores, at[keep], values[keep])
+
+
+def _first(values: Float[Tensor, "nnz"], count: int) -> Bool[Tensor, "nnz"]:
+    "Which of the values are the `count` largest; of equals at the edge, the first."
+    if len(values) <= count:
+        return torch.ones_like(values, dtype=torch.bool)
+    edge = kth_largest(values, count)
+    keep = ~(values < edge)
+    if int(keep.sum()) == count:
+        return keep
+    more, same = ~(values <= edge), values == edge
+    return more | (same & (same.cumsum(0) <= count - more.sum()))
+
+
+def affine(
+    x: Float[Tensor, "n d"],  # rows
+    weight: Float[Tensor, "m d"],  # contiguous
+    bias: Float[Tensor, "m"],  # added to every row
+    pool: Pool | None = None,  # memory for the result
+) -> Float[Tensor, "n m"]:
+    "The product x @ weight.T + bias."
+    return torch.addmm(bias, x, weight.t(), out=_take(pool, (len(x), len(weight)), x))
 
 
 def _matrix(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -178,9 +301,8 @@ def _bags(
     dense: Float[Tensor, "m d"],  # rows summed
 ) -> Float[Tensor, "n d"]:
     "Weighted sums of rows, one for each stretch of entries."
-    n = starts.shape[0] - 1
     if columns.numel() == 0:
-        return dense.new_zeros(n, dense.shape[1])
+        return dense.new_zeros(starts.shape[0] - 1, dense.shape[1])
     if dense.dtype in FAST or dense.device.type != "cpu":
         return torch.nn.functional.embedding_bag(
             columns, dense, starts[:-1], per_sample_weights=values, mode="sum"
@@ -205,26 +327,13 @@ def combine_columns(
 ) -> Float[Tensor, "d_sae d"]:  # sum over the rows where each latent is stored
     "The product codes.T @ dense."
     starts, rows, order = support.columns
-    return _bags(values[order], rows, starts, dense)
-
-
-def sums(
-    values: Float[Tensor, "nnz"],  # one for each stored entry
-    support: Support,  # which latent it belongs to
-) -> Float[Tensor, "d_sae"]:
-    "The sum of each latent's values."
-    return values.new_zeros(support.d_sae).index_add(0, support.flat, values)
-
-
-def affine(
-    x: Float[Tensor, "n d_in"],  # rows
-    weight: Float[Tensor, "d_sae d_in"],  # contiguous
-    bias: Float[Tensor, "d_sae"],  # added to every row
-    pool: Pool | None = None,  # memory for the result
-) -> Float[Tensor, "n d_sae"]:
-    "The product x @ weight.T + bias."
-    out = None if pool is None else pool.empty((len(x), len(weight)), x)
-    return torch.addmm(bias, x, weight.t(), out=out)
+    values = values.index_select(0, order)
+    direct = dense.device.type == "cpu" and dense.dtype in FAST and torch.backends.mkl.is_available()
+    if pool is None or not direct or not values.numel():
+        return _bags(values, rows, starts, dense)
+    out = pool.empty((support.d_sae, dense.shape[1]), dense)
+    codes = _matrix(starts, rows, values, (support.d_sae, support.n))
+    return torch.addmm(out, codes, dense, beta=0, out=out)
 
 
 def dots(
@@ -235,11 +344,41 @@ def dots(
     "The inner products <left[row], right[latent]> on the support alone."
     if left.dtype in FAST and left.device.type == "cpu" and support.flat.numel():
         zeros = left.new_zeros(support.flat.numel())
-        shape = (support.n, support.d_sae)
-        pattern = _matrix(support.starts, support.flat, zeros, shape)
+        pattern = _matrix(support.starts, support.flat, zeros, (support.n, support.d_sae))
         return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0.0).values()
     out = left.new_empty(support.flat.numel())
-    for i in range(0, out.numel(), 4096):
-        s = slice(i, i + 4096)
+    step = 4096 if left.device.type == "cpu" else 1 << 18
+    for i in range(0, out.numel(), step):
+        s = slice(i, i + step)
         out[s] = (left[support.rows[s]] * right[support.flat[s].long()]).sum(-1)
     return out
+
+
+def sums(
+    values: Float[Tensor, "nnz"],  # one for each stored entry
+    support: Support,  # which latent it belongs to
+) -> Float[Tensor, "d_sae"]:
+    "The sum of each latent's values."
+    return values.new_zeros(support.d_sae).index_add(0, support.flat, values)
+
+
+@torch.no_grad()
+def tangent_(
+    grad: Float[Tensor, "d_sae d"],  # changed in place
+    weight: Float[Tensor, "d_sae d"],  # rows of norm 1
+) -> Float[Tensor, "d_sae d"]:  # grad, rows orthogonal to those of weight
+    "Remove from each row of a gradient its component along that row of the weight."
+    for g, w in zip(grad.split(512), weight.split(512), strict=True):
+        g.addcmul_(w, (g * w).sum(1, keepdim=True), value=-1)
+    return grad
+
+
+@torch.no_grad()
+def unit_rows_(
+    weight: Float[Tensor, "d_sae d"],  # changed in place; a zero row stays zero
+) -> Float[Tensor, "d_sae d"]:  # weight, rows of norm 1
+    "Scale each row to norm 1."
+    for w in weight.split(512):
+        norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        w.div_(norm.clamp_(min=torch.finfo(w.dtype).tiny))
+    return weight

@@ -56,7 +56,7 @@ class _Stored:
         on = values.detach().nonzero()[:, 0]
         return self.rows()[on], self.support.flat[on].long(), values[on]
 
-# %% ../../nbs/00_ground/05_sparse.ipynb #8c5d0eaf
+# %% ../../nbs/00_ground/05_sparse.ipynb #6ae7a40a
 class _Counted(_Stored):
     "What can be read off sparse codes."
 
@@ -67,11 +67,15 @@ class _Counted(_Stored):
 
     def counts(self) -> Int[Tensor, "d_sae"]:  # tokens
         "Tokens on which each latent fires."
-        return torch.bincount(self.flat()[1], minlength=self.d_sae)
+        fires = (self.values.detach() != 0).reshape(-1)
+        return kernels.sums(fires.int(), self.support)
 
     def l0(self) -> Float[Tensor, "n"]:  # latents
         "Latents that fire on each token."
-        return torch.bincount(self.flat()[0], minlength=self.n).to(self.dtype)
+        fires = (self.values.detach() != 0).to(self.dtype)
+        if self.indptr is None:
+            return fires.sum(1)
+        return fires.new_zeros(self.n).index_add(0, self.rows(), fires)
 
     def sums(self) -> Float[Tensor, "d_sae"]:  # model units
         "Sum of each latent's activations."
@@ -190,28 +194,31 @@ def _cat(codes: list[Codes]) -> Codes:
         return Codes(values, indices, d_sae)
     return Codes(values, indices, d_sae, _row_starts(torch.cat([c.indptr.diff() for c in codes])))
 
-# %% ../../nbs/00_ground/05_sparse.ipynb #f9760854
+# %% ../../nbs/00_ground/05_sparse.ipynb #ed513bf8
 class _Decode(torch.autograd.Function):
-    "codes @ W_dec, with sparse gradients."
+    "codes @ W_dec + b_dec, with sparse gradients."
 
     @staticmethod
-    def forward(ctx, values, W_dec, support, pool):
+    def forward(ctx, values, W_dec, b_dec, support, pool):
         ctx.save_for_backward(values, W_dec)
         ctx.support, ctx.pool = support, pool
-        return kernels.combine_rows(values.reshape(-1), support, W_dec)
+        y = kernels.combine_rows(values.reshape(-1), support, W_dec)
+        return y if b_dec is None else y.add_(b_dec)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (values, W_dec), grad = ctx.saved_tensors, grad.contiguous()
-        for_values = for_W = None
+        for_values = for_W = for_b = None
         if ctx.needs_input_grad[0]:
             for_values = kernels.dots(grad, ctx.support, W_dec).view(values.shape)
         if ctx.needs_input_grad[1]:
             for_W = kernels.combine_columns(values.reshape(-1), ctx.support, grad, ctx.pool)
-        return for_values, for_W, None, None
+        if ctx.needs_input_grad[2]:
+            for_b = grad.sum(0)
+        return for_values, for_W, for_b, None, None
 
-# %% ../../nbs/00_ground/05_sparse.ipynb #f831967d
+# %% ../../nbs/00_ground/05_sparse.ipynb #7cb0363c
 def decode(
     codes: Codes,  # what fires, how strongly
     W_dec: Float[Tensor, "d_sae d_out"],  # one direction for each latent
@@ -222,8 +229,7 @@ def decode(
     if W_dec.shape[0] != codes.d_sae:
         raise ShapeError(f"W_dec of shape {tuple(W_dec.shape)}", f"{codes.d_sae} rows, one a latent",
                          "decode codes with the matrix of the coder that made them")
-    y = _Decode.apply(codes.values, W_dec, codes.support, pool)
-    return y if b_dec is None else y + b_dec
+    return _Decode.apply(codes.values, W_dec, b_dec, codes.support, pool)
 
 # %% ../../nbs/00_ground/05_sparse.ipynb #3d5597fb
 @torch.no_grad()
@@ -275,12 +281,12 @@ def _in_rows(values, rows, latents, shape) -> Codes:
     indptr = _row_starts(torch.bincount(rows, minlength=shape[0]))
     return Codes(values, latents.int(), shape[1], indptr)
 
-# %% ../../nbs/00_ground/05_sparse.ipynb #63181b42
+# %% ../../nbs/00_ground/05_sparse.ipynb #dc78c9fb
 class _AffineAt(torch.autograd.Function):
-    "<x, weight> + bias on a support where its values are known, with sparse gradients."
+    "<x, weight> + bias on a support where its values are known, x being moved by -centre already."
 
     @staticmethod
-    def forward(ctx, x, weight, bias, values, support, pool):
+    def forward(ctx, x, weight, bias, centre, values, support, pool):
         ctx.save_for_backward(x, weight, values)
         ctx.support, ctx.pool = support, pool
         return values.clone()
@@ -290,16 +296,18 @@ class _AffineAt(torch.autograd.Function):
     def backward(ctx, grad):
         (x, weight, values), support = ctx.saved_tensors, ctx.support
         grad = (grad * (values != 0)).reshape(-1)
-        for_x = for_weight = for_bias = None
+        for_x = for_weight = for_bias = for_centre = None
         if ctx.needs_input_grad[0]:
             for_x = kernels.combine_rows(grad, support, weight)
         if ctx.needs_input_grad[1]:
             for_weight = kernels.combine_columns(grad, support, x.contiguous(), ctx.pool)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             for_bias = kernels.sums(grad, support)
-        return for_x, for_weight, for_bias, None, None, None
+        if ctx.needs_input_grad[3]:
+            for_centre = -(for_bias @ weight)
+        return for_x, for_weight, for_bias, for_centre, None, None, None
 
-# %% ../../nbs/00_ground/05_sparse.ipynb #114ab692
+# %% ../../nbs/00_ground/05_sparse.ipynb #ddbb615d
 def affine_at(
     x: Float[Tensor, "n d_in"],  # what was encoded, model units
     weight: Float[Tensor, "d_sae d_in"],  # encoder rows, contiguous
@@ -308,7 +316,14 @@ def affine_at(
     pool: kernels.Pool | None = None,  # memory for the gradient of weight, reused
 ) -> Codes:  # same support, same values
     "The same codes, differentiable in what made them."
-    values = _AffineAt.apply(x, weight, bias, codes.values, codes.support, pool)
+    values = _AffineAt.apply(x, weight, bias, None, codes.values, codes.support, pool)
+    return codes.with_values(values)
+
+def _encode(select, x, weight, bias, k, centre, pool) -> Codes:
+    "Select from the pre-activations of x - centre; gradients for all four."
+    x = x if centre is None else x - centre.detach()
+    codes = select(preacts(x, weight, bias, pool), k)
+    values = _AffineAt.apply(x, weight, bias, centre, codes.values, codes.support, pool)
     return codes.with_values(values)
 
 def topk_encode(
@@ -316,20 +331,22 @@ def topk_encode(
     weight: Float[Tensor, "d_sae d_in"],  # encoder rows, contiguous
     bias: Float[Tensor, "d_sae"],  # encoder bias
     k: int,  # latents kept on each token
+    centre: Float[Tensor, "d_in"] | None = None,  # subtracted from x first
     pool: kernels.Pool | None = None,  # memory reused from step to step
-) -> Codes:  # differentiable in x, weight, bias
+) -> Codes:  # differentiable in x, weight, bias, centre
     "ReLU of the k largest pre-activations of each token."
-    return affine_at(x, weight, bias, select_topk(preacts(x, weight, bias, pool), k), pool)
+    return _encode(select_topk, x, weight, bias, k, centre, pool)
 
 def batch_topk_encode(
     x: Float[Tensor, "n d_in"],  # activations, model units
     weight: Float[Tensor, "d_sae d_in"],  # encoder rows, contiguous
     bias: Float[Tensor, "d_sae"],  # encoder bias
     k: float | int,  # latents kept a token on average
+    centre: Float[Tensor, "d_in"] | None = None,  # subtracted from x first
     pool: kernels.Pool | None = None,  # memory reused from step to step
-) -> Codes:  # CSR, differentiable in x, weight, bias
+) -> Codes:  # CSR, differentiable in x, weight, bias, centre
     "The round(k n) largest positive pre-activations of the batch."
-    return affine_at(x, weight, bias, select_batch_topk(preacts(x, weight, bias, pool), k), pool)
+    return _encode(select_batch_topk, x, weight, bias, k, centre, pool)
 
 # %% ../../nbs/00_ground/05_sparse.ipynb #9e5f5287
 def topk_dead(
