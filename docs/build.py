@@ -69,7 +69,7 @@ def main() -> None:
     readme = (ROOT / "README.md").read_text().replace("](docs/", "](about/")
     tree = ["", "```{toctree}", ":hidden:", "", *parts, "```", ""]
     (SOURCE / "index.md").write_text(readme + "\n".join(tree))
-    subprocess.run([sys.executable, "-m", "sphinx", "-q", "-b", "html", str(SOURCE), str(OUT)], check=True)
+    subprocess.run([sys.executable, "-m", "sphinx", "-q", "-b", "html", str(SOURCE), str(OUT)], check=True, cwd=SOURCE)
     shutil.rmtree(SOURCE)
     print(f"The site is at {OUT / 'index.html'}")
 

@@ -1,2 +1,40 @@
 "Take a transformer's activations apart into features, in a notebook."
 __version__ = "0.1.0"
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .coders.contract import check_coder, load, make
+    from .features.index import FeatureIndex
+    from .lab import Lab
+    from .measures.downstream import measure
+    from .sources.corpus import Corpus
+    from .sources.store import ActivationStore
+    from .sources.stream import Stream, TensorSource
+    from .sources.subject import Subject
+    from .splice.splice import splice
+    from .training.background import Background
+    from .training.fit import fit, train
+    from .views.figures import save_figures
+
+_HOMES = {  # public name -> its module, imported on first use
+    "ActivationStore": "sources.store", "Background": "training.background", "Corpus": "sources.corpus",
+    "FeatureIndex": "features.index", "Lab": "lab", "Stream": "sources.stream", "Subject": "sources.subject",
+    "TensorSource": "sources.stream", "check_coder": "coders.contract", "fit": "training.fit", "load": "coders.contract",
+    "make": "coders.contract", "measure": "measures.downstream", "save_figures": "views.figures", "splice": "splice.splice",
+    "train": "training.fit",
+}
+__all__ = ["ActivationStore", "Background", "Corpus", "FeatureIndex", "Lab", "Stream", "Subject", "TensorSource", "check_coder",
+           "fit", "load", "make", "measure", "save_figures", "splice", "train"]
+
+
+def __getattr__(name: str):
+    "Import a public name when it is first used."
+    from importlib import import_module
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
