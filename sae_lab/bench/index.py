@@ -1,11 +1,11 @@
-"The feature index beside its bounds: building against encoding alone, a page, opening, memory."
+"The feature index: building beside encoding alone, a page, opening, memory (hand-written)."
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,8 +70,8 @@ def _pages(index, sample=400):
     g = np.random.default_rng(0)
     latents = g.choice(index.d_sae, min(sample, index.d_sae), replace=False).tolist()
     densest = np.argsort(-index.raw["count"])[:20].tolist()
-    times = [1000 * seconds(lambda: index.page(latent)) for latent in latents]
-    return float(np.quantile(times, .95)), max(1000 * seconds(lambda: index.page(latent)) for latent in densest)
+    usual, dense = ([1000 * seconds(partial(index.page, latent)) for latent in some] for some in (latents, densest))
+    return float(np.quantile(usual, .95)), max(dense)
 
 
 def _peak(n):
@@ -85,7 +85,7 @@ def _build_once(n):
     with tempfile.TemporaryDirectory() as folder:
         index = FeatureIndex.build(make("topk", d_in=D_IN, d_sae=D_SAE, k=K), source, tokens, Path(folder) / "index")
         for latent in range(50): index.page(latent)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024) / 1024**2 * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def rows(reps=5, n=1_000_000, n_build=100_000):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'entries', 'build', 'stat_columns', 'FeatureIndex', 'check_latent', 'open_index', 'summary', 'page']
 
-# %% ../../nbs/05_features/02_index.ipynb #6dc5db03
+# %% ../../nbs/05_features/02_index.ipynb #e56b79e8
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,17 +15,18 @@ from typing import SupportsIndex
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from ..coders.contract import AbstractCoder
 from .inverted import latent_stats, merge, spill_all
 from .pages import Page, Sizes, Text, groups, token_lists
 from ..ground.errors import DamagedFile, InputError, NumericError
-from ..ground.files import atomic_folder, load_tensors, read_json, read_manifest, save_tensors, sha256, write_json, write_manifest
+from ..ground.files import (
+    atomic_folder, load_tensors, read_json, read_manifest, save_tensors, sha256, write_json, write_manifest)
 from ..ground.html import table
 from ..ground.sums import wilson
 
-# %% ../../nbs/05_features/02_index.ipynb #826e4827
+# %% ../../nbs/05_features/02_index.ipynb #a40e032c
 @dataclass(frozen=True, eq=False)
 class _Reading:
     "One pass over a source: which tokens were seen is marked as they come."
@@ -35,11 +36,12 @@ class _Reading:
     def positions(self, batch, last:int)->np.ndarray:
         position = (batch.seq.long() * self.ids.shape[1] + batch.pos.long()).cpu().numpy()
         if len(position) and (position[0] <= last or (np.diff(position) <= 0).any()):
-            raise InputError(f"tokens out of corpus order near position {position[0]}", "each token once, in corpus order",
+            raise InputError(f"tokens out of corpus order near position {position[0]}",
+                             "each token once, in corpus order",
                              "make the source with seed=None and epochs=1")
         if not np.array_equal(self.ids.reshape(-1)[position], batch.token.cpu().numpy()):
-            raise InputError(f"the source's tokens near position {position[0]} are not those given", "the tokens that the source was made from",
-                             "pass the same tokens to both")
+            raise InputError(f"the source's tokens near position {position[0]} are not those given",
+                             "the tokens that the source was made from", "pass the same tokens to both")
         self.seen.reshape(-1)[position] = True
         return position
 
@@ -50,7 +52,8 @@ def _firings(coder, x, k:int|None, number:int)->tuple[np.ndarray, ...]:
     except NumericError as error: raise NumericError(f"batch {number}: {error}", batch=number) from error
     row, latent, value = (t.cpu().numpy() for t in (codes if k is None else codes.topk(k)).flat())
     if not np.isfinite(value).all():
-        raise NumericError(f"batch {number}: NaN or infinite codes", "finite numbers", "look at the coder's weights", batch=number)
+        raise NumericError(f"batch {number}: NaN or infinite codes", "finite numbers",
+                           "look at the coder's weights", batch=number)
     return row, latent, value
 
 
@@ -69,35 +72,37 @@ def entries(coder:AbstractCoder,             # any coder
         last, done = int(position[-1]) if len(position) else last, done + len(position)
         if progress: progress(done, source.n_tokens)
 
-# %% ../../nbs/05_features/02_index.ipynb #4506a8c9
+# %% ../../nbs/05_features/02_index.ipynb #c848a0fe
 def _arrays(tokens)->tuple[np.ndarray, np.ndarray]:
     if tokens.ids.numel() >= 2**31:
-        raise InputError(f"{tokens.ids.numel():,} tokens", "fewer than 2^31", "build one index for each part of the corpus")
+        raise InputError(f"{tokens.ids.numel():,} tokens", "fewer than 2^31",
+                         "build one index for each part of the corpus")
     return tokens.ids.numpy().astype(np.int32), tokens.doc.numpy().astype(np.int32)
 
 
-def _save_text(folder:Path, ids:np.ndarray, doc:np.ndarray, seen:np.ndarray, documents, vocab)->None:
-    by_token, token_indptr = token_lists(ids, seen)
-    for name, array in {"ids": ids, "doc": doc, "seen": seen, "by_token": by_token.astype(np.int32), "token_indptr": token_indptr}.items():
-        np.save(folder/f"{name}.npy", array)
+def _save_text(folder:Path, ids, doc, seen, documents, vocab)->None:
+    by_token, starts = token_lists(ids, seen)
+    arrays = dict(ids=ids, doc=doc, seen=seen, by_token=by_token.astype(np.int32), token_indptr=starts)
+    for name, array in arrays.items(): np.save(folder/f"{name}.npy", array)
     write_json(folder/"documents.json", list(documents))
     write_json(folder/"vocab.json", list(vocab or ()))
 
 
 def _save_lists(folder:Path, stream, doc:np.ndarray, d_sae:int, bins:int, chunk:int)->None:
-    columns = []
-    chunks = spill_all(stream, folder, d_sae, chunk)
-    merge(chunks, folder, d_sae, visit=lambda first, last, *lists: columns.append(latent_stats(*lists, doc.reshape(-1), bins)))
-    whole = {name: torch.from_numpy(np.concatenate([c[name] for c in columns])) for name in columns[0]}
-    save_tensors(folder/"stats.safetensors", whole)
+    ranges = []
 
-# %% ../../nbs/05_features/02_index.ipynb #b47c2f36
+    def visit(first, last, *lists): ranges.append(latent_stats(*lists, doc.reshape(-1), bins))
+    merge(spill_all(stream, folder, d_sae, chunk), folder, d_sae, visit=visit)
+    columns = {name: np.concatenate([each[name] for each in ranges]) for name in ranges[0]}
+    save_tensors(folder/"stats.safetensors", {name: torch.from_numpy(c) for name, c in columns.items()})
+
+# %% ../../nbs/05_features/02_index.ipynb #d525f9af
 def build(coder:AbstractCoder,                   # any coder
           source,                                # activations of `tokens` in corpus order
           tokens,                                # the tokens, of the explain part
           folder:str|Path,                       # where the index is to be
-          subject_strings:Sequence[str]|None=None, # string of each token id, to show windows without the subject
-          k:int|None=None,                       # keep so many activations a token, by magnitude; None keeps all
+          subject_strings:Sequence[str]|None=None, # string of each token id, for windows to read
+          k:int|None=None,                       # keep so many a token, by magnitude; None keeps all
           bins:int=50,                           # steps of each latent's histogram over [0, max]
           chunk:int=2_000_000,                   # activations in memory before they are spilled
           progress:Callable[[int, int], object]|None=None, # told tokens done and tokens in all
@@ -105,16 +110,18 @@ def build(coder:AbstractCoder,                   # any coder
     "Write a feature index whole or not at all."
     ids, doc = _arrays(tokens)
     reading = _Reading(ids, np.zeros(ids.shape, bool))
+    facts = dict(kind="feature index", version=1, d_sae=coder.d_sae, shape=list(ids.shape), bins=bins,
+                 value="float32", k=k, source=source.identity, corpus=tokens.provenance,
+                 coder={"identity": coder.identity, "spec": coder.spec.to_json()})
     with atomic_folder(folder) as part:
-        _save_lists(part, entries(coder, source, reading, k, progress), doc, coder.d_sae, bins, chunk)
+        stream = entries(coder, source, reading, k, progress)
+        _save_lists(part, stream, doc, coder.d_sae, bins, chunk)
         _save_text(part, ids, doc, reading.seen, tokens.documents, subject_strings)
-        facts = {"kind": "feature index", "version": 1, "d_sae": coder.d_sae, "tokens": int(reading.seen.sum()), "shape": list(ids.shape), "bins": bins,
-                 "value": "float32", "k": k, "coder": {"identity": coder.identity, "spec": coder.spec.to_json()},
-                 "source": source.identity, "corpus": tokens.provenance}
-        write_manifest(part, [each.name for each in part.iterdir()], **facts)
+        files = [each.name for each in part.iterdir()]
+        write_manifest(part, files, **facts, tokens=int(reading.seen.sum()))
     return Path(folder)
 
-# %% ../../nbs/05_features/02_index.ipynb #758636c1
+# %% ../../nbs/05_features/02_index.ipynb #7840b07d
 def stat_columns(raw:dict[str, np.ndarray], # as `latent_stats` gives them
                  n:int,                     # tokens the coder saw
 )->dict[str, np.ndarray]:                   # a column each, ready for a table
@@ -124,21 +131,24 @@ def stat_columns(raw:dict[str, np.ndarray], # as `latent_stats` gives them
     alive = np.maximum(count, 1)
     mean = raw["total"] / alive
     deviation = np.sqrt(np.maximum(raw["square"] / alive - mean**2, 0))
-    return {"count": count, "docs": raw["docs"], "density": count / max(n, 1), "density_low": low, "density_high": high,
-            "mean": mean, "std": deviation, "max": raw["max"], "negative": raw["negative"] / alive}
+    return {"count": count, "docs": raw["docs"], "density": count / max(n, 1), "density_low": low,
+            "density_high": high, "mean": mean, "std": deviation, "max": raw["max"],
+            "negative": raw["negative"] / alive}
 
-# %% ../../nbs/05_features/02_index.ipynb #05417370
+# %% ../../nbs/05_features/02_index.ipynb #8e999c2b
 SMALL = 2**24  # bytes; files up to this size are always hashed on opening
 
 
 def _checked(folder:Path, verify:str)->dict:
-    if verify not in ("size", "hash"): raise InputError(f"verify={verify!r}", "'size' or 'hash'", "choose one")
+    if verify not in ("size", "hash"): raise InputError(f"verify={verify!r}", "'size' or 'hash'")
     manifest = read_manifest(folder, verify=verify == "hash")
     if manifest["facts"].get("kind") != "feature index":
-        raise InputError(f"{folder} holds {manifest['facts'].get('kind', 'something else')}", "a feature index", "open the folder that `build` wrote")
+        raise InputError(f"{folder} holds {manifest['facts'].get('kind', 'something else')}",
+                         "a feature index", "open the folder that `build` wrote")
     for name, entry in manifest["files"].items():
         if verify == "size" and entry["bytes"] <= SMALL and sha256(folder/name) != entry["sha256"]:
-            raise DamagedFile(f"{name} in {folder} was altered (its hash differs)", "the file as it was written", "build the index again", path=str(folder/name))
+            raise DamagedFile(f"{name} in {folder} was altered (its hash differs)", "the file as written",
+                              "build the index again", path=str(folder/name))
     return manifest
 
 
@@ -146,10 +156,11 @@ def _mapped(folder:Path, name:str)->np.ndarray:
     path = folder/f"{name}.npy"
     try: return np.asarray(np.load(path, mmap_mode="r"))
     except (ValueError, OSError, EOFError) as error:
-        raise DamagedFile(f"{path.name} in {folder} cannot be mapped ({error})", "a .npy file", "build the index again", path=str(path)) from error
+        raise DamagedFile(f"{path.name} in {folder} cannot be mapped ({error})", "a .npy file",
+                          "build the index again", path=str(path)) from error
 
-# %% ../../nbs/05_features/02_index.ipynb #c9b571f4
-@dataclass(frozen=True, eq=False)
+# %% ../../nbs/05_features/02_index.ipynb #839ef87b
+@dataclass(frozen=True, eq=False, repr=False)
 class FeatureIndex:
     "A dictionary's activations by latent, memory-mapped, with the text they stand in."
     folder: Path                       # where it lies
@@ -177,27 +188,31 @@ class FeatureIndex:
     def n_tokens(self)->int: return self.facts["tokens"]
 
     @cached_property
-    def stats(self)->pd.DataFrame: return pd.DataFrame(stat_columns(self.raw, self.n_tokens)).rename_axis("latent")
+    def stats(self)->pd.DataFrame:
+        "A row for each latent, with the columns of `stat_columns`."
+        return pd.DataFrame(stat_columns(self.raw, self.n_tokens)).rename_axis("latent")
 
     def activations(self, latent:SupportsIndex)->tuple[np.ndarray, np.ndarray]:
         "Positions where a latent fires, rising, and its activations there (views of the files)."
         at = check_latent(latent, self.d_sae)
-        return tuple(array[self.indptr[at]:self.indptr[at + 1]] for array in (self.position, self.value))
+        here = slice(self.indptr[at], self.indptr[at + 1])
+        return self.position[here], self.value[here]
 
-    def page(self, latent:SupportsIndex, n_top:int=20, context:int=10, sizes:Sizes=Sizes(), seed:int=0)->Page:
+    def page(self, latent, n_top=20, context=10, sizes=Sizes(), seed=0)->Page:
         "What is shown of one latent, as the function `page` makes it."
         return page(self, latent, n_top, context, sizes, seed)
 
+    def __repr__(self)->str: return f"FeatureIndex({self.folder.name}: {summary(self)})"
     def _repr_html_(self)->str: return table([summary(self)], caption=f"feature index · {self.folder.name}")
 
-# %% ../../nbs/05_features/02_index.ipynb #7e860c31
+# %% ../../nbs/05_features/02_index.ipynb #9a827a97
 def check_latent(latent:SupportsIndex, # number of a latent
                  d_sae:int,            # how many there are
 )->int:                                # the same as an int
     "Raise InputError unless the latent exists."
     at = latent.__index__()
-    if not 0 <= at < d_sae: raise InputError(f"latent {at}", f"0 to {d_sae - 1}", "choose a latent of this dictionary", latent=at)
-    return at
+    if 0 <= at < d_sae: return at
+    raise InputError(f"latent {at}", f"0 to {d_sae - 1}", "choose a latent of this dictionary", latent=at)
 
 
 def open_index(folder:str|Path,    # written by `build`
@@ -206,22 +221,25 @@ def open_index(folder:str|Path,    # written by `build`
     "Open a feature index; raises DamagedFile naming the file that is missing, cut short or altered."
     folder = Path(folder)
     manifest = _checked(folder, verify)
-    ids, doc, seen, by_token, token_indptr, indptr, position, value = (
-        _mapped(folder, name) for name in ("ids", "doc", "seen", "by_token", "token_indptr", "indptr", "position", "value"))
-    text = Text(ids, doc, seen, by_token, token_indptr, read_json(folder/"documents.json"), read_json(folder/"vocab.json"))
+    words = [read_json(folder/f"{name}.json") for name in ("documents", "vocab")]
+    corpus = [_mapped(folder, name) for name in ("ids", "doc", "seen", "by_token", "token_indptr")]
+    lists = [_mapped(folder, name) for name in ("indptr", "position", "value")]
     raw = {name: t.numpy() for name, t in load_tensors(folder/"stats.safetensors")[0].items()}
-    return FeatureIndex(folder, {**manifest["facts"], "hash": manifest["hash"]}, indptr, position, value, text, raw)
+    facts = {**manifest["facts"], "hash": manifest["hash"]}
+    return FeatureIndex(folder, facts, *lists, Text(*corpus, *words), raw)
 
 
 def summary(index:FeatureIndex, # an open index
 )->dict[str, object]:           # one row of facts
     "The health of a dictionary at a glance."
-    density = index.raw["count"] / max(index.n_tokens, 1)
-    return {"latents": index.d_sae, "tokens": index.n_tokens, "activations": len(index.value), "L0": len(index.value) / max(index.n_tokens, 1),
-            "dead": float((density == 0).mean()), "over 1 %": float((density > .01).mean()), "over 10 %": float((density > .1).mean()),
+    n = max(index.n_tokens, 1)
+    density = index.raw["count"] / n
+    return {"latents": index.d_sae, "tokens": index.n_tokens, "activations": len(index.value),
+            "L0": len(index.value) / n, "dead": float((density == 0).mean()),
+            "over 1 %": float((density > .01).mean()), "over 10 %": float((density > .1).mean()),
             "coder": index.facts["coder"]["identity"], "corpus": str(index.facts["corpus"].get("source", ""))}
 
-# %% ../../nbs/05_features/02_index.ipynb #842bf109
+# %% ../../nbs/05_features/02_index.ipynb #a788ee9f
 def page(index:FeatureIndex,      # an open index
          latent:SupportsIndex,    # which latent
          n_top:int=20,            # strongest examples
@@ -234,6 +252,7 @@ def page(index:FeatureIndex,      # an open index
     position, value = index.activations(at)
     one = {name: column[at:at + 1] for name, column in index.raw.items()}
     stats = {name: column[0].item() for name, column in stat_columns(one, index.n_tokens).items()}
-    edges = np.linspace(0, stats["max"], index.facts["bins"] + 1)
+    edges = tuple(np.linspace(0, stats["max"], index.facts["bins"] + 1).tolist())
+    counts = tuple(one["histogram"][0].tolist())
     found = groups(index.text, position, value, replace(sizes, top=n_top), context, (seed, at))
-    return Page(at, stats, tuple(edges.tolist()), tuple(one["histogram"][0].tolist()), **found, provenance=dict(index.facts))
+    return Page(at, stats, edges, counts, **found, provenance=dict(index.facts))

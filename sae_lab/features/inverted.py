@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-# %% ../../nbs/05_features/00_inverted.ipynb #d65a2697
+# %% ../../nbs/05_features/00_inverted.ipynb #f8aff0d8
 def by_latent(latent:Int[np.ndarray,"nnz"], # latent of each entry, in any order
               d_sae:int,                     # latents in all
-)->tuple[Int[np.ndarray,"nnz"], Int[np.ndarray,"n1"]]: # order that groups entries by latent; where each latent begins
+)->tuple[Int[np.ndarray,"nnz"], Int[np.ndarray,"n1"]]: # order by latent; where each latent begins
     "Stable counting sort of entries by latent."
     order = np.argsort((latent & 0xFFFF).astype(np.uint16), kind="stable")
     if d_sae > 0xFFFF + 1:
@@ -54,8 +54,8 @@ def spill(path:Path,                            # file to write
         value.astype(np.float32, copy=False)[order].tofile(file)
     return Chunk(path, indptr.astype(np.int32))
 
-# %% ../../nbs/05_features/00_inverted.ipynb #e4d55a91
-Entries = tuple[np.ndarray, np.ndarray, np.ndarray]   # position, latent, value of the entries of one batch
+# %% ../../nbs/05_features/00_inverted.ipynb #e843800a
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray]   # position, latent, value: one batch
 
 
 def _joined(parts:list[Entries])->Iterator[np.ndarray]:
@@ -119,8 +119,9 @@ def npy_header(file,                  # binary file at its beginning
     head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, head)
 
-# %% ../../nbs/05_features/00_inverted.ipynb #e56f5676
-Visit = Callable[[int, int, np.ndarray, np.ndarray, np.ndarray], None]   # first, last, its indptr, position, value
+# %% ../../nbs/05_features/00_inverted.ipynb #67ec212c
+# first latent, one past the last, where each begins in the range, positions, values
+Visit = Callable[[int, int, np.ndarray, np.ndarray, np.ndarray], None]
 
 
 def merge(chunks:list[Chunk],         # in corpus order
@@ -134,14 +135,14 @@ def merge(chunks:list[Chunk],         # in corpus order
     for chunk in chunks:
         indptr += chunk.indptr
     np.save(folder/"indptr.npy", indptr)
-    with open(folder/"position.npy", "wb") as to_position, open(folder/"value.npy", "wb") as to_value:
-        npy_header(to_position, np.dtype(np.int32), (int(indptr[-1]),))
-        npy_header(to_value, np.dtype(np.float32), (int(indptr[-1]),))
+    with open(folder/"position.npy", "wb") as positions, open(folder/"value.npy", "wb") as values:
+        npy_header(positions, np.dtype(np.int32), (int(indptr[-1]),))
+        npy_header(values, np.dtype(np.float32), (int(indptr[-1]),))
         for first, last in latent_ranges(indptr, limit):
             position, value = gather(chunks, first, last, indptr)
             if visit: visit(first, last, indptr[first:last + 1] - indptr[first], position, value)
-            position.tofile(to_position)
-            value.tofile(to_value)
+            position.tofile(positions)
+            value.tofile(values)
     for chunk in chunks:
         chunk.path.unlink()
     return indptr

@@ -7,16 +7,16 @@ __all__ = ['Members', 'Cut', 'Text', 'token_lists', 'spans', 'silent', 'distinct
            'value_bands', 'negatives', 'TopToken', 'top_tokens', 'near_misses', 'Example', 'lookup', 'examples', 'Band',
            'Page', 'Sizes', 'groups']
 
-# %% ../../nbs/05_features/01_pages.ipynb #4857607d
+# %% ../../nbs/05_features/01_pages.ipynb #58e4743d
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 
-from ..ground.html import escape, number, table
+from ..ground.html import table
 
-# %% ../../nbs/05_features/01_pages.ipynb #ed106442
+# %% ../../nbs/05_features/01_pages.ipynb #8dbb93d8
 @dataclass(frozen=True, eq=False)
 class Text:
     "The tokens an index was built on."
@@ -42,21 +42,22 @@ class Text:
 
 def token_lists(ids:Int[np.ndarray,"batch pos"],   # token ids
                 seen:Bool[np.ndarray,"batch pos"], # tokens to list
-)->tuple[Int[np.ndarray,"nnz"], Int[np.ndarray,"n1"]]: # positions by token id then position; where each id begins
+)->tuple[Int[np.ndarray,"nnz"], Int[np.ndarray,"n1"]]: # positions by token id; where each id begins
     "Inverted lists of the tokens."
     position = np.flatnonzero(seen)
     token = ids.reshape(-1)[position]
     order = np.argsort(token, kind="stable")
     return position[order], np.concatenate([[0], np.cumsum(np.bincount(token, minlength=1))])
 
-# %% ../../nbs/05_features/01_pages.ipynb #7020d1af
+# %% ../../nbs/05_features/01_pages.ipynb #d29a82ba
 def spans(text:Text,                       # the corpus
           position:Int[np.ndarray,"n"],    # focus tokens
           context:int,                     # tokens to either side, at most
 )->tuple[Int[np.ndarray,"n"], Int[np.ndarray,"n"]]: # first position of each window; one past its last
     "Windows around tokens, inside one row and one document."
     width, doc = text.ids.shape[1], text.doc.reshape(-1)
-    around = position[:, None] + np.concatenate([-np.arange(1, context + 1), np.arange(1, context + 1)])
+    steps = np.arange(1, context + 1)
+    around = position[:, None] + np.concatenate([-steps, steps])
     same = around // width == (position // width)[:, None]
     same &= doc[np.clip(around, 0, doc.size - 1)] == doc[position][:, None]
     left = np.logical_and.accumulate(same[:, :context], axis=1).sum(1)
@@ -72,7 +73,7 @@ def silent(fired:Int[np.ndarray,"nnz"], # positions where the latent fires, risi
     start, stop = start.astype(fired.dtype), stop.astype(fired.dtype)
     return np.searchsorted(fired, start) == np.searchsorted(fired, stop)
 
-# %% ../../nbs/05_features/01_pages.ipynb #0b07902e
+# %% ../../nbs/05_features/01_pages.ipynb #a8bf1170
 def distinct(text:Text,                     # the corpus
              position:Int[np.ndarray,"n"],  # candidates, best first
              count:int,                     # how many to keep at most
@@ -81,7 +82,8 @@ def distinct(text:Text,                     # the corpus
     "Keep candidates whose windows neither overlap nor repeat."
     ids, kept, covered, read = text.ids.reshape(-1), [], set(), set()
     if count <= 0: return kept
-    for focus, start, stop in zip(position.tolist(), *(s.tolist() for s in spans(text, position, context))):
+    starts, stops = spans(text, position, context)
+    for focus, start, stop in zip(position.tolist(), starts.tolist(), stops.tolist()):
         words = ids[start:stop].tobytes()
         if words in read or not covered.isdisjoint(range(start, stop)): continue
         kept.append(focus)
@@ -90,7 +92,7 @@ def distinct(text:Text,                     # the corpus
         if len(kept) == count: break
     return kept
 
-# %% ../../nbs/05_features/01_pages.ipynb #348a5332
+# %% ../../nbs/05_features/01_pages.ipynb #90552fa1
 def strongest(text:Text,                        # the corpus
               position:Int[np.ndarray,"nnz"],   # where the latent fires
               strength:Float[np.ndarray,"nnz"], # how strongly, model units
@@ -101,7 +103,8 @@ def strongest(text:Text,                        # the corpus
     pool, kept = 16 * count, []
     while count > 0 and len(kept) < count:
         pool = min(pool, len(position))
-        best = np.argpartition(strength, len(position) - pool)[len(position) - pool:] if pool < len(position) else np.arange(pool)
+        best = np.arange(pool)
+        if pool < len(position): best = np.argpartition(-strength, pool)[:pool]
         best = best[np.lexsort((position[best], -strength[best]))]
         kept = distinct(text, position[best].astype(np.int64), count, context)
         if pool == len(position): break
@@ -120,7 +123,7 @@ def sampled(text:Text,                    # the corpus
     drawn = position[rng.choice(len(position), size, replace=False)] if size else position
     return distinct(text, drawn.astype(np.int64), count, context)
 
-# %% ../../nbs/05_features/01_pages.ipynb #258ba46a
+# %% ../../nbs/05_features/01_pages.ipynb #470aecf5
 Members = Int[np.ndarray, "n"]                # entries of a latent that fall in one band
 Cut = tuple[float, float, Members]            # least strength, greatest strength, members
 
@@ -131,7 +134,8 @@ def quantile_bands(strength:Float[np.ndarray,"nnz"], # of every activation of a 
     "Cut activations into bands of equal count by partial selection."
     n = len(strength)
     cuts = [round(n * band / bands) for band in range(bands + 1)]
-    order = np.argpartition(strength, sorted({c for c in cuts if 0 < c < n})) if n > 1 else np.arange(n)
+    inner = sorted({cut for cut in cuts if 0 < cut < n})
+    order = np.argpartition(strength, inner) if inner else np.arange(n)
     parts = [order[a:b] for a, b in zip(cuts, cuts[1:])]
     return [(float(strength[p].min()), float(strength[p].max()), p) for p in parts if len(p)]
 
@@ -189,7 +193,7 @@ def top_tokens(text:Text,                        # the corpus
     return tuple(TopToken(int(t), text.string(int(t)), int(hits[t]), float(total[t]) / whole,
                           int(hits[t]) / max(1, len(text.where(int(t))))) for t in best if total[t] > 0)
 
-# %% ../../nbs/05_features/01_pages.ipynb #197c51ac
+# %% ../../nbs/05_features/01_pages.ipynb #c21745c9
 def near_misses(text:Text,                      # the corpus
                 fired:Int[np.ndarray,"nnz"],    # positions where the latent fires, rising
                 tokens:Iterable[int],           # the latent's top tokens
@@ -201,7 +205,8 @@ def near_misses(text:Text,                      # the corpus
     drawn = []
     for token in tokens:
         stands = text.where(token)
-        some = stands[rng.choice(len(stands), min(len(stands), 8 * count + 64), replace=False)].astype(np.int64)
+        size = min(len(stands), 8 * count + 64)
+        some = stands[rng.choice(len(stands), size, replace=False)].astype(np.int64)
         drawn.append(some[silent(fired, *spans(text, some, context))])
     longest = max(map(len, drawn), default=0)
     turns = [each[i] for i in range(min(longest, 8 * count)) for each in drawn if i < len(each)]
@@ -229,7 +234,7 @@ class Example:
         "The window as one string."
         return "".join(self.strings)
 
-# %% ../../nbs/05_features/01_pages.ipynb #4a8e6b2f
+# %% ../../nbs/05_features/01_pages.ipynb #2c84c4b7
 def lookup(position:Int[np.ndarray,"nnz"], # where the latent fires, rising
            value:Float[np.ndarray,"nnz"],  # its activations
            at:Int[np.ndarray,"m"],         # positions asked for
@@ -249,16 +254,16 @@ def examples(text:Text,                       # the corpus
 )->tuple[Example, ...]:                       # one for each, in the order given
     "Cut out windows and look up every activation in them."
     at, ids, width = np.array(focus, np.int64), text.ids.reshape(-1), text.ids.shape[1]
-    made = []
-    for p, start, stop in zip(at.tolist(), *(s.tolist() for s in spans(text, at, context))):
+    (starts, stops), made = spans(text, at, context), []
+    for p, start, stop in zip(at.tolist(), starts.tolist(), stops.tolist()):
         tokens = ids[start:stop].tolist()
         doc = int(text.doc[divmod(p, width)])
         acts = lookup(position, value, np.arange(start, stop)).tolist()
-        made.append(Example(text.documents[doc] if doc >= 0 else "", p // width, start % width, p - start,
-                            tuple(tokens), tuple(map(text.string, tokens)), tuple(acts)))
+        made.append(Example(text.documents[doc] if doc >= 0 else "", p // width, start % width,
+                            p - start, tuple(tokens), tuple(map(text.string, tokens)), tuple(acts)))
     return tuple(made)
 
-# %% ../../nbs/05_features/01_pages.ipynb #cb74a0b2
+# %% ../../nbs/05_features/01_pages.ipynb #c6ca2f3f
 @dataclass(frozen=True)
 class Band:
     "Activations of one stretch of ranks or of values, with examples."
@@ -268,11 +273,11 @@ class Band:
     examples: tuple[Example, ...] # a uniform sample
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Page:
     "What is shown of one latent; plain data, ready for JSON."
     latent: int                          # which
-    stats: dict[str, float]              # count, density with interval, mean, max, ... as in `FeatureIndex.stats`
+    stats: dict[str, float]              # count, density, mean, max ... as in `FeatureIndex.stats`
     edges: tuple[float, ...]             # edges of the histogram, model units
     counts: tuple[int, ...]              # activations in each bin
     tokens: tuple[TopToken, ...]         # what it fires on most
@@ -288,13 +293,17 @@ class Page:
         "Everything, as plain dictionaries and lists."
         return asdict(self)
 
+    def __repr__(self)->str:
+        return f"Page(latent {self.latent}: {self.stats['count']:,} activations, {len(self.top)} top)"
+
     def _repr_html_(self)->str:
         head = table([{k: self.stats[k] for k in ("count", "density", "mean", "max", "docs")}],
                      caption=f"latent {self.latent}")
-        rows = [{"activation": e.value, "document": e.document, "window": e.text[:120]} for e in self.top[:5]]
+        rows = [{"activation": e.value, "document": e.document, "window": e.text[:120]}
+                for e in self.top[:5]]
         return head + (table(rows) if rows else "<p>It never fired.</p>")
 
-# %% ../../nbs/05_features/01_pages.ipynb #37485372
+# %% ../../nbs/05_features/01_pages.ipynb #2ec39193
 @dataclass(frozen=True)
 class Sizes:
     "How much a page holds."
@@ -308,11 +317,6 @@ class Sizes:
     near_misses: int = 10  # silent windows around a top token
 
 
-def _banded(text, position, value, cuts, count, context, rng)->tuple[Band, ...]:
-    return tuple(Band(low, high, len(p), examples(text, position, value, sampled(text, position[p], count, context, rng), context))
-                 for low, high, p in cuts)
-
-
 def groups(text:Text,                      # the corpus
            position:Int[np.ndarray,"nnz"], # where the latent fires, rising
            value:Float[np.ndarray,"nnz"],  # its activations
@@ -321,13 +325,21 @@ def groups(text:Text,                      # the corpus
            seed:tuple[int, ...],           # where chance comes from
 )->dict[str, tuple]:                       # the groups of a `Page` by name
     "Choose and cut out every group of examples of a page."
-    strength, show = np.abs(value), lambda focus: examples(text, position, value, focus, context)
-    rng = {name: np.random.default_rng((*seed, i)) for i, name in enumerate(("random", "quantiles", "values", "negatives", "near_misses"))}
+    strength = np.abs(value)
+    rngs = [np.random.default_rng((*seed, group)) for group in range(5)]
     tokens = top_tokens(text, position, strength)
+    usual = [token.token for token in tokens]
+
+    def show(focus): return examples(text, position, value, focus, context)
+
+    def draw(among, count, rng): return show(sampled(text, among, count, context, rng))
+
+    def banded(cuts, count, rng):
+        return tuple(Band(low, high, len(p), draw(position[p], count, rng)) for low, high, p in cuts)
     return {"tokens": tokens,
             "top": show(strongest(text, position, strength, sizes.top, context)),
-            "random": show(sampled(text, position, sizes.random, context, rng["random"])),
-            "quantiles": _banded(text, position, value, quantile_bands(strength, sizes.bands), sizes.per_band, context, rng["quantiles"]),
-            "values": _banded(text, position, value, value_bands(strength, sizes.intervals), sizes.per_interval, context, rng["values"]),
-            "negatives": show(negatives(text, position, sizes.negatives, context, rng["negatives"])),
-            "near_misses": show(near_misses(text, position, [t.token for t in tokens], sizes.near_misses, context, rng["near_misses"]))}
+            "random": draw(position, sizes.random, rngs[0]),
+            "quantiles": banded(quantile_bands(strength, sizes.bands), sizes.per_band, rngs[1]),
+            "values": banded(value_bands(strength, sizes.intervals), sizes.per_interval, rngs[2]),
+            "negatives": show(negatives(text, position, sizes.negatives, context, rngs[3])),
+            "near_misses": show(near_misses(text, position, usual, sizes.near_misses, context, rngs[4]))}

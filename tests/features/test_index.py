@@ -1,4 +1,5 @@
 "The feature index against a dense computation, whatever the chunks, and what it refuses."
+
 import json
 from types import SimpleNamespace
 
@@ -21,11 +22,14 @@ def corpus(seed=0):
     ids[:, 0] = 0
     doc = (torch.arange(ROWS * WIDTH) // 37).reshape(ROWS, WIDTH)
     names = tuple(f"doc {i}" for i in range(int(doc.max()) + 1))
-    return SimpleNamespace(ids=ids, doc=doc, special=ids == 0, documents=names, provenance={"source": "toy", "part": "explain"})
+    return SimpleNamespace(
+        ids=ids, doc=doc, special=ids == 0, documents=names, provenance={"source": "toy", "part": "explain"}
+    )
 
 
 class Source:
     "Activations of a corpus: an embedding of the token plus some noise of the place."
+
     hooks, identity = ("toy",), {"name": "toy"}
 
     def __init__(self, tokens, batch=100, order=None, poison=False):
@@ -34,8 +38,11 @@ class Source:
         order = torch.arange(len(row)) if order is None else order(len(row))
         self.row, self.pos, self.batch, self.n_tokens = row[order], pos[order], batch, len(row)
         self.token, self.doc = tokens.ids[self.row, self.pos], tokens.doc[self.row, self.pos]
-        self.x = (torch.randn(VOCAB, D, generator=g)[tokens.ids] + .5 * torch.randn(ROWS, WIDTH, D, generator=g))[self.row, self.pos]
-        if poison: self.x[500, 3] = float("nan")
+        self.x = (
+            torch.randn(VOCAB, D, generator=g)[tokens.ids] + 0.5 * torch.randn(ROWS, WIDTH, D, generator=g)
+        )[self.row, self.pos]
+        if poison:
+            self.x[500, 3] = float("nan")
 
     def batches(self, start=0):
         for i in range(start * self.batch, self.n_tokens, self.batch):
@@ -44,15 +51,20 @@ class Source:
 
 
 @pytest.fixture(scope="module")
-def tokens(): return corpus()
+def tokens():
+    return corpus()
 
 
 @pytest.fixture(scope="module")
-def coder(): return make("topk", d_in=D, d_sae=D_SAE, k=5, seed=0)
+def coder():
+    return make("topk", d_in=D, d_sae=D_SAE, k=5, seed=0)
 
 
 @pytest.fixture
-def index(tokens, coder, tmp_path): return FeatureIndex.build(coder, Source(tokens), tokens, tmp_path / "index", [f"t{i}" for i in range(VOCAB)])
+def index(tokens, coder, tmp_path):
+    return FeatureIndex.build(
+        coder, Source(tokens), tokens, tmp_path / "index", [f"t{i}" for i in range(VOCAB)]
+    )
 
 
 @pytest.fixture
@@ -60,7 +72,9 @@ def dense(tokens, coder):
     "Activations [tokens in all, latents], zero where not encoded."
     source, out = Source(tokens), np.zeros((ROWS * WIDTH, D_SAE), np.float32)
     for batch in source.batches():
-        out[(batch.seq * WIDTH + batch.pos).numpy()] = coder.encode(batch.acts["toy"]).dense().detach().numpy()
+        out[(batch.seq * WIDTH + batch.pos).numpy()] = (
+            coder.encode(batch.acts["toy"]).dense().detach().numpy()
+        )
     return out
 
 
@@ -76,10 +90,16 @@ def test_stats_are_the_naive_ones(index, dense, tokens):
     assert index.n_tokens == int((~tokens.special).sum())
     for latent, row in index.stats.iterrows():
         fires = np.flatnonzero(dense[:, latent])
-        assert row["count"] == len(fires) and row["docs"] == len(set(doc[fires])) and row["density"] == len(fires) / index.n_tokens
+        assert (
+            row["count"] == len(fires)
+            and row["docs"] == len(set(doc[fires]))
+            and row["density"] == len(fires) / index.n_tokens
+        )
         assert row["density_low"] <= row["density"] <= row["density_high"]
         if len(fires):
-            assert row["mean"] == pytest.approx(wide[fires, latent].mean()) and row["std"] == pytest.approx(wide[fires, latent].std())
+            assert row["mean"] == pytest.approx(wide[fires, latent].mean()) and row["std"] == pytest.approx(
+                wide[fires, latent].std()
+            )
             assert row["max"] == wide[:, latent].max()
             naive = np.histogram(wide[fires, latent], bins=50, range=(0, row["max"]))[0]
             assert np.array_equal(index.raw["histogram"][latent], naive)
@@ -87,7 +107,9 @@ def test_stats_are_the_naive_ones(index, dense, tokens):
 
 @pytest.mark.parametrize("chunk", [1, 333, 10**9])
 def test_the_same_bytes_whatever_the_chunks(index, tokens, coder, tmp_path, chunk):
-    again = build(coder, Source(tokens), tokens, tmp_path / "again", [f"t{i}" for i in range(VOCAB)], chunk=chunk)
+    again = build(
+        coder, Source(tokens), tokens, tmp_path / "again", [f"t{i}" for i in range(VOCAB)], chunk=chunk
+    )
     assert open_index(again).facts["hash"] == index.facts["hash"]
 
 
@@ -95,17 +117,35 @@ def test_page_groups_keep_their_rules(index, dense, tokens):
     ids, doc = tokens.ids.numpy().reshape(-1), tokens.doc.numpy().reshape(-1)
     for latent in range(D_SAE):
         page, column = index.page(latent, n_top=6, context=4), dense[:, latent]
-        for e in (*page.top, *page.random, *page.negatives, *page.near_misses, *(e for b in page.quantiles + page.values for e in b.examples)):
+        for e in (
+            *page.top,
+            *page.random,
+            *page.negatives,
+            *page.near_misses,
+            *(e for b in page.quantiles + page.values for e in b.examples),
+        ):
             window = np.arange(e.row * WIDTH + e.start, e.row * WIDTH + e.start + len(e.tokens))
-            assert np.array_equal(ids[window], e.tokens) and np.array_equal(column[window], np.float32(e.activations))
-            assert len({*doc[window]}) == 1 and index.text.documents[doc[window][0]] == e.document and len(e.tokens) <= 9
+            assert np.array_equal(ids[window], e.tokens) and np.array_equal(
+                column[window], np.float32(e.activations)
+            )
+            assert (
+                len({*doc[window]}) == 1
+                and index.text.documents[doc[window][0]] == e.document
+                and len(e.tokens) <= 9
+            )
             assert e.strings == tuple(f"t{t}" for t in e.tokens)
-        if not column.any(): continue
-        assert page.top[0].value == column.max() and [e.value for e in page.top] == sorted((e.value for e in page.top), reverse=True)
+        if not column.any():
+            continue
+        assert page.top[0].value == column.max() and [e.value for e in page.top] == sorted(
+            (e.value for e in page.top), reverse=True
+        )
         assert all(b.low <= e.value <= b.high for b in page.quantiles for e in b.examples)
         assert all(b.low < e.value <= b.high * (1 + 1e-6) for b in page.values for e in b.examples)
         sizes = [b.count for b in page.quantiles]
-        assert max(sizes) - min(sizes) <= 1 and sum(sizes) == sum(b.count for b in page.values) == sum(page.counts) == page.stats["count"]
+        assert (
+            max(sizes) - min(sizes) <= 1
+            and sum(sizes) == sum(b.count for b in page.values) == sum(page.counts) == page.stats["count"]
+        )
         assert not any(any(e.activations) for e in page.negatives + page.near_misses)
         assert {e.tokens[e.focus] for e in page.near_misses} <= {t.token for t in page.tokens}
 
@@ -116,7 +156,9 @@ def test_top_is_the_greedy_choice(index, dense, tokens):
     taken, chosen, read = set(), [], set()
     for p in np.lexsort((np.arange(len(dense)), -dense[:, latent])):
         row = p // WIDTH
-        window = [q for q in range(max(p - 2, row * WIDTH), min(p + 3, (row + 1) * WIDTH)) if doc[q] == doc[p]]
+        window = [
+            q for q in range(max(p - 2, row * WIDTH), min(p + 3, (row + 1) * WIDTH)) if doc[q] == doc[p]
+        ]
         text = tuple(tokens.ids.numpy().reshape(-1)[window])
         if dense[p, latent] > 0 and not taken & set(window) and text not in read and len(chosen) < 8:
             chosen.append((row, int(p) % WIDTH))
@@ -135,48 +177,77 @@ def test_page_is_json_and_repeats(index):
 
 def test_a_dead_latent_has_a_page(tokens, tmp_path):
     coder = make("topk", d_in=D, d_sae=D_SAE, k=5, seed=0)
-    with torch.no_grad(): coder.get_parameter("b_enc")[7] = -1e6
+    with torch.no_grad():
+        coder.get_parameter("b_enc")[7] = -1e6
     page = FeatureIndex.build(coder, Source(tokens), tokens, tmp_path / "i").page(7)
-    assert page.stats["count"] == 0 and page.top == page.near_misses == page.quantiles == () and len(page.negatives) == 10 and page._repr_html_()
+    assert (
+        page.stats["count"] == 0
+        and page.top == page.near_misses == page.quantiles == ()
+        and len(page.negatives) == 10
+        and page._repr_html_()
+    )
 
 
 def test_signed_activations_count_by_magnitude(tokens, tmp_path):
     coder = make("pca", d_in=D, d_sae=D)
     index = FeatureIndex.build(coder, Source(tokens), tokens, tmp_path / "i", k=3)
     _, value = index.activations(0)
-    assert (value < 0).any() and index.stats.loc[0, "max"] == np.abs(value).max() and 0 < index.stats.loc[0, "negative"] < 1
-    assert abs(index.page(0).top[0].value) == index.stats.loc[0, "max"] and len(index.value) == 3 * index.n_tokens
+    assert (
+        (value < 0).any()
+        and index.stats.loc[0, "max"] == np.abs(value).max()
+        and 0 < index.stats.loc[0, "negative"] < 1
+    )
+    assert (
+        abs(index.page(0).top[0].value) == index.stats.loc[0, "max"]
+        and len(index.value) == 3 * index.n_tokens
+    )
 
 
-@pytest.mark.parametrize("name", ["position.npy", "value.npy", "ids.npy", "stats.safetensors", "documents.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["position.npy", "value.npy", "ids.npy", "stats.safetensors", "documents.json", "manifest.json"]
+)
 @pytest.mark.parametrize("harm", ["cut", "flip", "gone"])
 def test_damage_is_refused_by_name(index, name, harm):
     path = index.folder / name
     data = bytearray(path.read_bytes())
-    if harm == "gone": path.unlink()
+    if harm == "gone":
+        path.unlink()
     else:
-        if harm == "cut": data = data[:-3]
-        else: data[len(data) // 2] ^= 1
+        if harm == "cut":
+            data = data[:-3]
+        else:
+            data[len(data) // 2] ^= 1
         path.write_bytes(data)
-    with pytest.raises(DamagedFile, match=name): FeatureIndex.open(index.folder)
+    with pytest.raises(DamagedFile, match=name):
+        FeatureIndex.open(index.folder)
 
 
 def test_failure_leaves_nothing(tokens, coder, tmp_path):
     build(coder, Source(tokens), tokens, tmp_path / "i")
     before = open_index(tmp_path / "i").facts["hash"]
-    with pytest.raises(NumericError, match="batch 5"): build(coder, Source(tokens, poison=True), tokens, tmp_path / "i")
+    with pytest.raises(NumericError, match="batch 5"):
+        build(coder, Source(tokens, poison=True), tokens, tmp_path / "i")
 
     def stop(done, of):
-        if done > 400: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): build(coder, Source(tokens), tokens, tmp_path / "i", chunk=50, progress=stop)
-    assert [p.name for p in tmp_path.iterdir()] == ["i"] and open_index(tmp_path / "i").facts["hash"] == before
+        if done > 400:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(coder, Source(tokens), tokens, tmp_path / "i", chunk=50, progress=stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["i"] and open_index(tmp_path / "i").facts[
+        "hash"
+    ] == before
 
 
 def test_wrong_sources_are_refused(tokens, coder, tmp_path):
-    with pytest.raises(InputError, match="corpus order"): build(coder, Source(tokens, order=torch.randperm), tokens, tmp_path / "a")
-    with pytest.raises(InputError, match="not those given"): build(coder, Source(corpus(5)), tokens, tmp_path / "b")
-    with pytest.raises(InputError, match="d_sae|latent 40"): build_and_page(tokens, coder, tmp_path)
+    with pytest.raises(InputError, match="corpus order"):
+        build(coder, Source(tokens, order=torch.randperm), tokens, tmp_path / "a")
+    with pytest.raises(InputError, match="not those given"):
+        build(coder, Source(corpus(5)), tokens, tmp_path / "b")
+    with pytest.raises(InputError, match="d_sae|latent 40"):
+        build_and_page(tokens, coder, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
-def build_and_page(tokens, coder, tmp_path): return FeatureIndex.build(coder, Source(tokens), tokens, tmp_path / "c").page(40)
+def build_and_page(tokens, coder, tmp_path):
+    return FeatureIndex.build(coder, Source(tokens), tokens, tmp_path / "c").page(40)

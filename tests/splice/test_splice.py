@@ -1,4 +1,5 @@
 "A splice changes what it says, where it says, and leaves nothing behind."
+
 import pytest
 import torch
 
@@ -9,28 +10,43 @@ from sae_lab.sources.bridge import native
 from sae_lab.sources.subject import Subject
 from sae_lab.splice.splice import Splice, ports, splice
 
-RESID, MLP, IN, Z = "blocks.0.hook_resid_post", "blocks.1.mlp.hook_post", "blocks.0.ln2.hook_normalized", "blocks.1.attn.hook_z"
+RESID, MLP, IN, Z = (
+    "blocks.0.hook_resid_post",
+    "blocks.1.mlp.hook_post",
+    "blocks.0.ln2.hook_normalized",
+    "blocks.1.attn.hook_z",
+)
 
 
 @pytest.fixture(scope="module")
-def subject(): return Subject.wrap(native(d_model=32, d_head=8, n_layers=2, n_ctx=64, n_heads=4, d_vocab=100, act_fn="gelu"))
+def subject():
+    return Subject.wrap(
+        native(d_model=32, d_head=8, n_layers=2, n_ctx=64, n_heads=4, d_vocab=100, act_fn="gelu")
+    )
 
 
 @pytest.fixture(scope="module")
-def ids(): return torch.randint(0, 100, (5, 20), generator=torch.Generator().manual_seed(0))
+def ids():
+    return torch.randint(0, 100, (5, 20), generator=torch.Generator().manual_seed(0))
 
 
 def topk(read, write=None, d_in=32, d_out=None):
     coder = make("topk", d_in=d_in, d_sae=48, k=4, d_out=d_out)
     read = (read,) if isinstance(read, str) else read
-    coder.spec = coder.spec.with_(hooks_in=read, hooks_out=read if write is None else (write,) if isinstance(write, str) else write)
+    coder.spec = coder.spec.with_(
+        hooks_in=read, hooks_out=read if write is None else (write,) if isinstance(write, str) else write
+    )
     return coder
 
 
-def hooks_left(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+def hooks_left(model):
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()
+    )
 
 
-def halve(codes): return codes.with_values(codes.values / 2)
+def halve(codes):
+    return codes.with_values(codes.values / 2)
 
 
 @pytest.mark.parametrize("hook", [RESID, MLP, Z])
@@ -38,8 +54,10 @@ def halve(codes): return codes.with_values(codes.values / 2)
 def test_no_edit_is_no_change(subject, ids, hook, edit):
     coder = topk(hook, d_in=subject.hooks[hook])
     with splice(subject, coder, edit=edit) as spliced:
-        if edit is None or edit(Codes.from_dense(torch.eye(2))).indptr is None: assert torch.equal(spliced.logits(ids), subject.logits(ids))
-        else: torch.testing.assert_close(spliced.logits(ids), subject.logits(ids), rtol=0, atol=1e-5)
+        if edit is None or edit(Codes.from_dense(torch.eye(2))).indptr is None:
+            assert torch.equal(spliced.logits(ids), subject.logits(ids))
+        else:
+            torch.testing.assert_close(spliced.logits(ids), subject.logits(ids), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("hook", [RESID, MLP, Z])
@@ -49,14 +67,16 @@ def test_what_flows_on_is_what_the_formula_says(subject, ids, hook):
     codes, y = coder(x)
     expected = {"drop": coder.decode(halve(codes)), "keep": x + coder.decode(halve(codes)) - y}
     for error, value in expected.items():
-        with splice(subject, coder, error=error, edit=halve) as spliced: after = spliced.run(ids, [hook])[1][hook].flatten(0, 1)
+        with splice(subject, coder, error=error, edit=halve) as spliced:
+            after = spliced.run(ids, [hook])[1][hook].flatten(0, 1)
         torch.testing.assert_close(after, value.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["zero", "mean"])
 def test_ablations(subject, ids, mode):
-    mean = torch.arange(32.)
-    with splice(subject, topk(RESID), mode=mode, mean=mean if mode == "mean" else None) as spliced: after = spliced.run(ids, [RESID])[1][RESID]
+    mean = torch.arange(32.0)
+    with splice(subject, topk(RESID), mode=mode, mean=mean if mode == "mean" else None) as spliced:
+        after = spliced.run(ids, [RESID])[1][RESID]
     assert torch.equal(after, (mean if mode == "mean" else torch.zeros(32)).expand_as(after))
 
 
@@ -64,10 +84,18 @@ def test_a_transcoder_reads_one_hook_and_writes_another(subject, ids):
     write = "blocks.0.hook_mlp_out"
     coder = topk(IN, write, d_out=32)
     acts = subject.run(ids, [IN, write])
-    with splice(subject, coder, error="drop") as spliced: after = spliced.run(ids, [write])[1][write]
-    torch.testing.assert_close(after.flatten(0, 1), coder(acts[IN].flatten(0, 1))[1].detach(), rtol=1e-5, atol=1e-5)
-    with splice(subject, coder) as spliced: assert torch.equal(spliced.logits(ids), subject.logits(ids))
-    with splice(subject, topk(write, IN, d_out=32), error="drop") as spliced, pytest.raises(InputError, match="before"): spliced.logits(ids)
+    with splice(subject, coder, error="drop") as spliced:
+        after = spliced.run(ids, [write])[1][write]
+    torch.testing.assert_close(
+        after.flatten(0, 1), coder(acts[IN].flatten(0, 1))[1].detach(), rtol=1e-5, atol=1e-5
+    )
+    with splice(subject, coder) as spliced:
+        assert torch.equal(spliced.logits(ids), subject.logits(ids))
+    with (
+        splice(subject, topk(write, IN, d_out=32), error="drop") as spliced,
+        pytest.raises(InputError, match="before"),
+    ):
+        spliced.logits(ids)
 
 
 def test_several_hooks_are_read_from_a_clean_run(subject, ids):
@@ -75,16 +103,22 @@ def test_several_hooks_are_read_from_a_clean_run(subject, ids):
     coder = topk(pair, d_in=64)
     acts = subject.run(ids, pair)
     _, y = coder(torch.cat([acts[name] for name in pair], -1).flatten(0, 1))
-    with splice(subject, coder, error="drop") as spliced: after = spliced.run(ids, pair)[1]
-    for name, part in zip(pair, y.detach().split(32, -1)): torch.testing.assert_close(after[name].flatten(0, 1), part, rtol=1e-5, atol=1e-5)
+    with splice(subject, coder, error="drop") as spliced:
+        after = spliced.run(ids, pair)[1]
+    for name, part in zip(pair, y.detach().split(32, -1)):
+        torch.testing.assert_close(after[name].flatten(0, 1), part, rtol=1e-5, atol=1e-5)
 
 
 def test_only_the_chosen_tokens_change(subject, ids):
-    where = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < .5
+    where = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     for mode in ("reconstruct", "zero"):
-        with splice(subject, topk(RESID), mode=mode, error="drop") as spliced: after = spliced.run(ids, [RESID], where=where)[1][RESID]
+        with splice(subject, topk(RESID), mode=mode, error="drop") as spliced:
+            after = spliced.run(ids, [RESID], where=where)[1][RESID]
         clean = subject.run(ids, [RESID])[RESID]
-        assert torch.equal(after[~where], clean[~where]) and not torch.isclose(after[where], clean[where]).all(-1).any()
+        assert (
+            torch.equal(after[~where], clean[~where])
+            and not torch.isclose(after[where], clean[where]).all(-1).any()
+        )
 
 
 class Speaker:
@@ -97,15 +131,22 @@ def test_special_tokens_stay(subject, ids):
     wrapped = Subject.wrap(subject.model, Speaker())
     clean = wrapped.run(ids, [RESID])[RESID]
     for special in (False, True):
-        with splice(wrapped, topk(RESID), mode="zero", special=special) as spliced: after = spliced.run(ids, [RESID])[1][RESID]
-        assert torch.equal(after[ids == 7], torch.zeros_like(clean[ids == 7]) if special else clean[ids == 7]) and (after[ids != 7] == 0).all()
+        with splice(wrapped, topk(RESID), mode="zero", special=special) as spliced:
+            after = spliced.run(ids, [RESID])[1][RESID]
+        assert (
+            torch.equal(after[ids == 7], torch.zeros_like(clean[ids == 7]) if special else clean[ids == 7])
+            and (after[ids != 7] == 0).all()
+        )
 
 
 def test_nothing_is_left_behind_after_a_failure(subject, ids):
     clean, before = subject.logits(ids), hooks_left(subject.model)
 
-    def broken(codes): raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError), splice(subject, topk(RESID), edit=broken) as spliced: spliced.logits(ids)
+    def broken(codes):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), splice(subject, topk(RESID), edit=broken) as spliced:
+        spliced.logits(ids)
     with pytest.raises(KeyboardInterrupt), splice(subject, topk(RESID), error="drop") as spliced:
         spliced.logits(ids)
         raise KeyboardInterrupt
@@ -120,13 +161,20 @@ def test_gradients_pass_through_the_coder(subject, ids):
 
 
 def test_loss_is_the_subjects_loss_when_nothing_changes(subject, ids):
-    with splice(subject, topk(RESID)) as spliced: assert torch.equal(spliced.loss(ids), subject.loss(ids))
+    with splice(subject, topk(RESID)) as spliced:
+        assert torch.equal(spliced.loss(ids), subject.loss(ids))
 
 
 def test_wrong_arguments_say_so(subject):
     bare = make("topk", d_in=32, d_sae=8, k=2)
-    for error, match, call in ((InputError, "names no hook", lambda: splice(subject, bare)), (InputError, "mode=", lambda: splice(subject, topk(RESID), mode="off")),
-                               (InputError, "error=", lambda: splice(subject, topk(RESID), error="maybe")), (InputError, "no fitting mean", lambda: splice(subject, topk(RESID), mode="mean")),
-                               (ShapeError, "reads 32", lambda: splice(subject, bare, hook=MLP)), (UnknownName, "blocks.0", lambda: splice(subject, topk("blocks.0.hook_resid_pots")))):
+    for error, match, call in (
+        (InputError, "names no hook", lambda: splice(subject, bare)),
+        (InputError, "mode=", lambda: splice(subject, topk(RESID), mode="off")),
+        (InputError, "error=", lambda: splice(subject, topk(RESID), error="maybe")),
+        (InputError, "no fitting mean", lambda: splice(subject, topk(RESID), mode="mean")),
+        (ShapeError, "reads 32", lambda: splice(subject, bare, hook=MLP)),
+        (UnknownName, "blocks.0", lambda: splice(subject, topk("blocks.0.hook_resid_pots"))),
+    ):
         with pytest.raises(error, match=match):
-            with call(): pass
+            with call():
+                pass
