@@ -6,18 +6,18 @@
 __all__ = ['RARE', 'DENSE', 'STATES', 'Window', 'Group', 'window', 'LatentCard', 'facts', 'band_group', 'page_groups',
            'latent_card']
 
-# %% ../../nbs/09_views/05_card.ipynb #2d993e3f
+# %% ../../nbs/09_views/05_card.ipynb #558e7cc5
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..ground.html import MONO, escape, number
+from ..ground.html import SANS, escape, number
 from .histograms import HistogramChart, activation_histogram
 from .logits import LogitTable
 from .payload import AbstractPayload, Number, token_text, views
 from .tokens import legend, token_html
 
-# %% ../../nbs/09_views/05_card.ipynb #7c865468
+# %% ../../nbs/09_views/05_card.ipynb #83b789c3
 @dataclass(frozen=True)
 class Window:
     "A stretch of text with an activation at each token."
@@ -29,7 +29,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Group:
-    "Windows chosen by one rule."
+    "Windows chosen by one rule; without windows, a heading for the groups that follow."
     name: str                     # "strongest", "60 to 80 % of activations"
     note: str = ""                # range, count, share
     windows: tuple[Window, ...] = ()
@@ -102,27 +102,39 @@ def _head(card: LatentCard) -> str:
     return (f'<div style="font-size:16px"><b>latent {card.latent}</b>{badge}{where}</div>'
             f'<div style="opacity:.85">{escape(" · ".join(facts(card)))}</div>{note}')
 
-# %% ../../nbs/09_views/05_card.ipynb #0afe600b
+# %% ../../nbs/09_views/05_card.ipynb #cd131f29
+def _shown(each: Window) -> float:
+    "The activation a window was chosen for, or else its greatest."
+    if each.focus is not None and each.focus < len(each.values): return float(each.values[each.focus])
+    return float(max((v for v in each.values if math.isfinite(v)), key=abs, default=0.0))
+
 def _window_html(each: Window, scale: float, detail: int) -> str:
-    peak = max((v for v in each.values if math.isfinite(v)), key=abs, default=0.0)
+    value = _shown(each)
     place = f":{each.position}" if each.position is not None and each.document else ""
     title = f' title="{escape(token_text(each.document, 80) + place)}"' if each.document else ""
-    body = token_html(each.tokens, each.values, scale, each.focus, detail)
-    return f"<tr{title}><td>{number(peak) if peak else '–'}</td><td>{body}</td></tr>"
+    at = each.focus or 0
+    left = token_html(each.tokens[:at], each.values[:at], scale, None, detail)
+    right = token_html(each.tokens[at:], each.values[at:], scale, None if each.focus is None else 0, detail)
+    head = f'<td align="right"{title}>{number(value) if value else "–"}</td>'
+    return f'{head}<td align="right">{left}</td><td>{right}</td></tr>'
 
 def _group_html(group: Group, scale: float, detail: int) -> str:
-    note = f' <small style="opacity:.75">{escape(group.note)}</small>' if group.note else ""
-    rows = "".join(_window_html(each, scale, detail) for each in group.windows)
-    head = f'<td colspan="2" style="padding-top:8px"><b>{escape(group.name)}</b>{note}</td>'
-    return f"<tr>{head}</tr>{rows}"
+    if not group.windows:
+        return f'<tr><td colspan="4"><b>{escape(group.name)}</b> <small>{escape(group.note)}</small></td></tr>'
+    note = f"<br><small>{escape(group.note)}</small>" if group.note else ""
+    head = f'<td rowspan="{len(group.windows)}" valign="top">{escape(group.name)}{note}</td>'
+    rows = "<tr>".join(_window_html(each, scale, detail) for each in group.windows)
+    return f'<tr style="border-top:1px solid #8886">{head}{rows}'
 
 def _windows_html(card: LatentCard, detail: int) -> str:
     if not any(group.windows for group in card.groups): return ""
-    rows = "".join(_group_html(group, card.scale, detail) for group in card.groups if group.windows)
+    rows = "".join(_group_html(group, card.scale, detail) for group in card.groups)
     signed = any(v < 0 for group in card.groups for each in group.windows for v in each.values)
     less = f", weaker than {number(card.scale * -detail / 4)} not coloured" if detail < 0 else ""
-    style = f"font:12px/1.6 {MONO};border-spacing:8px 0;text-align:left;white-space:pre-wrap"
-    return f'{legend(card.scale, "model units" + less, signed)}<table dir="ltr" style="{style}">{rows}</table>'
+    style = f"font:13px/1.5 {SANS};border-collapse:collapse;text-align:left;white-space:pre"
+    what = legend(card.scale, "model units" + less, signed)
+    table = f'<table dir="ltr" cellpadding="4" style="{style}">{rows}</table>'
+    return f'{what}<div style="overflow-x:auto">{table}</div>'
 
 def _card_html(card: LatentCard) -> str:
     beside = "display:inline-block;vertical-align:top;margin:6px 24px 6px 0"
@@ -133,20 +145,20 @@ def _card_html(card: LatentCard) -> str:
         if len(html.encode()) <= card.budget: break
     return html
 
-# %% ../../nbs/09_views/05_card.ipynb #1285d2fe
+# %% ../../nbs/09_views/05_card.ipynb #c30dc6b9
 def _card_text(card: LatentCard) -> str:
     lines = [f"latent {card.latent}  {card.where}", " · ".join(facts(card)), STATES[card.state]]
     parts = [part.to_text() for part in (card.histogram, card.logits) if part is not None]
     for group in card.groups:
-        if group.windows: parts.append(f"{group.name}  {group.note}".rstrip())
+        parts.append(f"{group.name}  {group.note}".rstrip())
         for each in group.windows:
             text = "".join(f"[{token_text(token)}]" if value else token_text(token)
                            for token, value in zip(each.tokens, each.values, strict=True))
-            parts.append(f"{number(max(each.values, key=abs, default=0.0)):>8}  {text}")
+            parts.append(f"{number(_shown(each)):>8}  {text}")
     whole = "\n".join([*(line.strip() for line in lines if line.strip()), *parts])
     return "\n".join(token_text(line, 4000) for line in whole.split("\n"))
 
-# %% ../../nbs/09_views/05_card.ipynb #7152fb92
+# %% ../../nbs/09_views/05_card.ipynb #c41b0de2
 def band_group(band: Any,      # anything with low, high, count, examples
                i: int,         # its number, weakest first
                n: int,         # number of bands
@@ -155,9 +167,8 @@ def band_group(band: Any,      # anything with low, high, count, examples
                ) -> Group:     # named by its ranks, with its range, count and share
     "A band of equal count, honestly named."
     count = int(getattr(band, "count", 0))
-    ranks = f"{round(100 * i / n)} to {round(100 * (i + 1) / n)} % of activations, by rank"
-    note = (f"{number(band.low)} to {number(band.high)} · n = {count:,}"
-            f" ({count / max(total, 1):.0%}) · uniform sample")
+    ranks = f"{round(100 * i / n)} to {round(100 * (i + 1) / n)} %"
+    note = f"{number(band.low)} to {number(band.high)}, n = {count:,} ({count / max(total, 1):.0%})"
     return Group(ranks, note, tuple(map(window, list(band.examples)[:keep])))
 
 def page_groups(page: Any,             # a page of a feature index
@@ -167,13 +178,16 @@ def page_groups(page: Any,             # a page of a feature index
                 ) -> tuple[Group, ...]: # strongest first, then bands from strong to weak
     "Choose windows of a page."
     bands, total = list(page.quantiles), int(page.stats.get("count", 0))
-    groups = [Group("strongest", f"{len(page.top[:top])} of n = {total:,} · a biased sample",
-                    tuple(map(window, page.top[:top])))]
-    groups += [band_group(bands[i], i, len(bands), total, per_band) for i in reversed(range(len(bands)))]
-    if near_misses:
-        groups.append(Group("silent", "although one of its top tokens is there",
-                            tuple(map(window, page.near_misses[:near_misses]))))
-    return tuple(group for group in groups if group.windows)
+    best = tuple(map(window, page.top[:top]))
+    strongest = Group("strongest", f"{len(best)} of {total:,}, a biased sample", best)
+    ranked = [band_group(bands[i], i, len(bands), total, per_band) for i in reversed(range(len(bands)))]
+    ranked = [group for group in ranked if group.windows]
+    groups = [strongest] if strongest.windows else []
+    if ranked: groups += [Group("by rank of activation", "uniform samples of bands of equal count"), *ranked]
+    silent = tuple(map(window, page.near_misses[:near_misses]))
+    if silent: groups += [Group("near misses", "it is silent, although one of its top tokens is there"),
+                          Group("silent", f"{len(silent)} windows", silent)]
+    return tuple(groups)
 
 # %% ../../nbs/09_views/05_card.ipynb #eb6d2364
 def latent_card(page: Any,                          # a page of a feature index
@@ -193,7 +207,7 @@ def latent_card(page: Any,                          # a page of a feature index
     return LatentCard(int(page.latent), stats, tokens, where, histogram, logits,
                       page_groups(page, top, per_band, near_misses))
 
-# %% ../../nbs/09_views/05_card.ipynb #dc20f239
+# %% ../../nbs/09_views/05_card.ipynb #3cb43132
 def _example() -> LatentCard:
     "A card as the docs and the contract tests show it."
     words = " the small fox saw a crow and said nothing . the fox".split()
@@ -205,6 +219,6 @@ def _example() -> LatentCard:
     return LatentCard(17, stats, 100_000, "blocks.1.mlp.hook_post",
                       activation_histogram([0, 1, 2, 3, 4], [800, 90, 12, 3], silent=99_095),
                       LogitTable((" fox", " tail"), (2.1, 1.2), (" the",), (-0.9,)),
-                      (Group("strongest", "3 of n = 905 · a biased sample", tuple(made[:3])),
-                       Group("50 to 100 % of activations, by rank", "0.9 to 4 · n = 452 (50%)",
-                             tuple(made[3:]))))
+                      (Group("strongest", "3 of 905, a biased sample", tuple(made[:3])),
+                       Group("by rank of activation", "uniform samples of bands of equal count"),
+                       Group("50 to 100 %", "0.9 to 4, n = 452 (50%)", tuple(made[3:]))))

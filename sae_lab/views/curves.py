@@ -61,7 +61,7 @@ class TrainingCurves(AbstractPayload):
         return [{"tokens": tokens, "coder": each.coder, "quantity": each.quantity, "value": value}
                 for each in self.curves for tokens, value in zip(self.tokens, each.values, strict=True)]
 
-# %% ../../nbs/09_views/06_curves.ipynb #892b197d
+# %% ../../nbs/09_views/06_curves.ipynb #732319dc
 LABELS = {"mse": "MSE, model units²", "fvu": "FVU, share of variance", "l0": "L0, latents per token",
           "dead": "dead, share of latents", "auxk": "AuxK loss", "l1": "L1, model units"}
 
@@ -85,7 +85,7 @@ def _panel(curves: TrainingCurves, quantity: str) -> str:
     seen = [float(v) for each in mine for v in each.values if math.isfinite(v)]
     log = _log(seen)
     place = lambda v: math.log10(v) if log and v > 0 else math.nan if log else v
-    frame = Frame(_tokens_range(curves), _range(seen, log), width=270, margin=(18, 10, 36, 50))
+    frame = Frame(_tokens_range(curves), _range(seen, log), width=262, height=140, margin=(8, 10, 36, 50))
     ticks = [(t, number(10 ** t)) for t in nice_ticks(*frame.y_range, 3)] if log else None
     lines = "".join(line(frame, curves.tokens, [place(v) for v in each.values], colour_of(curves, each.coder),
                          f"{each.coder}: {quantity} {number(_last(each))}") for each in mine)
@@ -112,7 +112,7 @@ def thin(n: int,         # items there are
     if n <= most: return list(range(n))
     return sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})
 
-# %% ../../nbs/09_views/06_curves.ipynb #52f878ff
+# %% ../../nbs/09_views/06_curves.ipynb #51e509dc
 def _cells(frame: Frame, chart: DensityMap, steps: int = 8) -> str:
     "The map as one path a step of opacity."
     keep = thin(len(chart.tokens), 40)
@@ -133,7 +133,7 @@ def _cells(frame: Frame, chart: DensityMap, steps: int = 8) -> str:
 def _map(curves: TrainingCurves, chart: DensityMap) -> str:
     used = [j for counts in chart.counts for j, count in enumerate(counts) if count]
     low, high = (chart.edges[min(used)], chart.edges[max(used) + 1]) if used else (-1.0, 0.0)
-    frame = Frame(_tokens_range(curves), (low, high), width=270, margin=(18, 10, 36, 50))
+    frame = Frame(_tokens_range(curves), (low, high), width=262, height=140, margin=(8, 10, 36, 50))
     ticks = [(p, "1" if p == 0 else f"1e{p}") for p in range(math.ceil(low), math.floor(high) + 1)]
     colour = colour_of(curves, chart.coder) if chart.coder in curves.coders else SERIES[0]
     dead = f" · {chart.dead[-1]:,} silent" if chart.dead else ""

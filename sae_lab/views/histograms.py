@@ -49,7 +49,7 @@ class HistogramChart(AbstractPayload):
         apart = {"low": None, "high": None, "count": self.apart, "label": self.apart_label}
         return [apart, *bins] if self.apart_label else bins
 
-# %% ../../nbs/09_views/03_histograms.ipynb #55c9543c
+# %% ../../nbs/09_views/03_histograms.ipynb #0fa19548
 def bin_text(chart: HistogramChart,  # a histogram
              i: int,                 # number of the bin
              ) -> str:               # "0.5 to 1: 12 tokens"
@@ -60,7 +60,8 @@ def bin_text(chart: HistogramChart,  # a histogram
 def _count_ticks(most: int, log: bool) -> list[tuple[float, str]]:
     if not log: return [(v, number(v)) for v in nice_ticks(0, most, 3) if v == int(v)]
     powers = range(len(str(most)))
-    return [(0.0, "0")] + [(math.log10(1 + 10 ** p), number(10 ** p)) for p in powers if 10 ** p <= most]
+    least = 1 if most >= 10 else 0  # the ticks of 0 and 1 would touch
+    return [(0.0, "0")] + [(math.log10(1 + 10 ** p), number(10 ** p)) for p in powers if p >= least]
 
 def _x_ticks(chart: HistogramChart) -> list[tuple[float, str]] | None:
     if not chart.log_x: return None

@@ -60,12 +60,13 @@ class AbstractPayload(ABC):
 
     def __str__(self) -> str: return self.to_text()
 
-# %% ../../nbs/09_views/00_payload.ipynb #1b439fe3
+# %% ../../nbs/09_views/00_payload.ipynb #0cc71218
 TAGS = frozenset("div span p b u i small code table caption tr td th thead tbody details summary h1 "
                  "h2 h3 br hr svg g path rect line polyline circle text title desc".split())
 ATTRIBUTES = frozenset("style title colspan rowspan role aria-label open dir width height viewbox x y "
                        "x1 x2 y1 y2 r cx cy d points fill stroke stroke-width stroke-dasharray opacity "
-                       "fill-opacity font-size text-anchor transform".split())
+                       "fill-opacity text-anchor transform align valign "
+                       "cellpadding".split())
 VOID = frozenset({"br", "hr"})
 
 class _Reader(HTMLParser):
@@ -128,15 +129,15 @@ def check_view(view: AbstractPayload, # any payload
 # %% ../../nbs/09_views/00_payload.ipynb #a84f2108
 views = Registry("view", "sae_lab.views")
 
-# %% ../../nbs/09_views/00_payload.ipynb #f9b88074
+# %% ../../nbs/09_views/00_payload.ipynb #c36430d6
 def page(parts: Iterable[AbstractPayload | str],  # views, or plain text as paragraphs
          title: str = "sae_lab",                  # of the page
          ) -> str:                                # a whole HTML document
     "One self-contained page."
     body = "\n".join(f"<p>{escape(part)}</p>" if isinstance(part, str) else part.to_html()
                      for part in parts)
-    style = f"color-scheme:light dark;font:14px/1.5 {SANS};max-width:60em;margin:2em auto;padding:0 1em"
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+    style = f"font:14px/1.5 {SANS};max-width:72em;margin:2em auto;padding:0 1em"
+    return (f'<!DOCTYPE html>\n<html lang="en" style="color-scheme:light dark"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title></head>\n'
             f'<body style="{escape(style)}"><h1>{escape(title)}</h1>\n{body}\n</body></html>\n')
 

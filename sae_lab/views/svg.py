@@ -79,7 +79,7 @@ def axes(frame: Frame,                                    # where
     if y_label: parts.append(label(10, (frame.margin[0] + bottom) / 2, y_label, turn=True))
     return "".join(parts)
 
-# %% ../../nbs/09_views/02_svg.ipynb #1a693f47
+# %% ../../nbs/09_views/02_svg.ipynb #8dcd836f
 def bars(frame: Frame,                       # where
          edges: Sequence[Number],             # edges of the bars along x
          heights: Sequence[Number],           # one fewer than edges
@@ -119,6 +119,6 @@ def drawing(frame: Frame,   # where
             says: str,      # what the chart shows, in a sentence, for those who cannot see it
             ) -> str:       # HTML
     "The finished chart."
-    style = f"max-width:100%;height:auto;font:11px {SANS}"
+    style = f"display:block;max-width:100%;height:auto;font:11px {SANS}"
     size = f'viewBox="0 0 {frame.width} {frame.height}" width="{frame.width}" height="{frame.height}"'
     return f'<svg {size} role="img" aria-label="{escape(says)}" style="{style}">{body}</svg>'

@@ -14,14 +14,14 @@ from ..ground.errors import InputError
 from ..ground.html import MONO, escape, number
 from .payload import AbstractPayload, Number, token_text, views
 
-# %% ../../nbs/09_views/01_tokens.ipynb #a58ea132
+# %% ../../nbs/09_views/01_tokens.ipynb #c21ff6f5
 def shade(value: Number,  # activation, model units
           scale: Number,  # activation that gets the full colour
           ) -> str:            # "#rgba", or "" where there is nothing to colour
     "Colour of an activation, to lay over any page."
     if not value or not math.isfinite(value) or not scale > 0: return ""
     share = min(1.0, abs(value) / scale)
-    return ("#e70" if value > 0 else "#17d") + f"{max(1, round(12 * share)):x}"
+    return ("#e70" if value > 0 else "#17d") + f"{round(2 + 11 * share):x}"
 
 # %% ../../nbs/09_views/01_tokens.ipynb #38c4dbf8
 def marked(token: str,             # one token, or several merged
