@@ -79,7 +79,7 @@ def axes(frame: Frame,                                    # where
     if y_label: parts.append(label(10, (frame.margin[0] + bottom) / 2, y_label, turn=True))
     return "".join(parts)
 
-# %% ../../nbs/09_views/02_svg.ipynb #8dcd836f
+# %% ../../nbs/09_views/02_svg.ipynb #14950bc6
 def bars(frame: Frame,                       # where
          edges: Sequence[Number],             # edges of the bars along x
          heights: Sequence[Number],           # one fewer than edges
@@ -101,6 +101,7 @@ def line(frame: Frame,             # where
          ys: Sequence[Number],      # along y; NaN breaks the line
          colour: str,              # of the line
          title: str,               # tooltip
+         dash: str = "",           # lengths of dashes and gaps, pixels
          ) -> str:                 # SVG
     "One line."
     path, pen = [], "M"
@@ -111,8 +112,9 @@ def line(frame: Frame,             # where
         inside = min(max(y, frame.y_range[0]), frame.y_range[1])
         path.append(f"{pen}{frame.x(x):g} {frame.y(inside):g}")
         pen = "L"
-    return (f'<path d="{"".join(path)}" fill="none" stroke="{escape(colour)}" stroke-width="1.8">'
-            f"<title>{escape(title)}</title></path>")
+    dashes = f' stroke-dasharray="{escape(dash)}"' if dash else ""
+    look = f'fill="none" stroke="{escape(colour)}" stroke-width="1.8"{dashes}'
+    return f'<path d="{"".join(path)}" {look}><title>{escape(title)}</title></path>'
 
 def drawing(frame: Frame,   # where
             body: str,      # SVG
