@@ -79,7 +79,7 @@ def axes(frame: Frame,                                    # where
     if y_label: parts.append(label(10, (frame.margin[0] + bottom) / 2, y_label, turn=True))
     return "".join(parts)
 
-# %% ../../nbs/09_views/02_svg.ipynb #14950bc6
+# %% ../../nbs/09_views/02_svg.ipynb #013c4954
 def bars(frame: Frame,                       # where
          edges: Sequence[Number],             # edges of the bars along x
          heights: Sequence[Number],           # one fewer than edges
@@ -116,6 +116,7 @@ def line(frame: Frame,             # where
     look = f'fill="none" stroke="{escape(colour)}" stroke-width="1.8"{dashes}'
     return f'<path d="{"".join(path)}" {look}><title>{escape(title)}</title></path>'
 
+# %% ../../nbs/09_views/02_svg.ipynb #870ff855
 def drawing(frame: Frame,   # where
             body: str,      # SVG
             says: str,      # what the chart shows, in a sentence, for those who cannot see it
