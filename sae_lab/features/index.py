@@ -72,12 +72,12 @@ def entries(coder:AbstractCoder,             # any coder
         last, done = int(position[-1]) if len(position) else last, done + len(position)
         if progress: progress(done, source.n_tokens)
 
-# %% ../../nbs/05_features/02_index.ipynb #c848a0fe
+# %% ../../nbs/05_features/02_index.ipynb #ba82086e
 def _arrays(tokens)->tuple[np.ndarray, np.ndarray]:
     if tokens.ids.numel() >= 2**31:
         raise InputError(f"{tokens.ids.numel():,} tokens", "fewer than 2^31",
                          "build one index for each part of the corpus")
-    return tokens.ids.numpy().astype(np.int32), tokens.doc.numpy().astype(np.int32)
+    return tuple(each.cpu().numpy().astype(np.int32) for each in (tokens.ids, tokens.doc))
 
 
 def _save_text(folder:Path, ids, doc, seen, documents, vocab)->None:

@@ -263,7 +263,7 @@ def examples(text:Text,                       # the corpus
                             p - start, tuple(tokens), tuple(map(text.string, tokens)), tuple(acts)))
     return tuple(made)
 
-# %% ../../nbs/05_features/01_pages.ipynb #c6ca2f3f
+# %% ../../nbs/05_features/01_pages.ipynb #59e1a2f3
 @dataclass(frozen=True)
 class Band:
     "Activations of one stretch of ranks or of values, with examples."
@@ -277,7 +277,7 @@ class Band:
 class Page:
     "What is shown of one latent; plain data, ready for JSON."
     latent: int                          # which
-    stats: dict[str, float]              # count, density, mean, max ... as in `FeatureIndex.stats`
+    stats: dict[str, int | float]        # count, density, mean, max ... as in `FeatureIndex.stats`
     edges: tuple[float, ...]             # edges of the histogram, model units
     counts: tuple[int, ...]              # activations in each bin
     tokens: tuple[TopToken, ...]         # what it fires on most

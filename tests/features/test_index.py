@@ -11,7 +11,10 @@ from sae_lab.coders.contract import make
 from sae_lab.features.index import FeatureIndex, build, open_index
 from sae_lab.features.pages import Sizes
 from sae_lab.ground.errors import DamagedFile, InputError, NumericError
-from sae_lab.sources.stream import Batch
+from sae_lab.sources.bridge import native
+from sae_lab.sources.corpus import Tokens
+from sae_lab.sources.stream import Batch, Stream
+from sae_lab.sources.subject import Subject
 
 ROWS, WIDTH, D, D_SAE, VOCAB = 60, 24, 12, 40, 50
 
@@ -251,3 +254,21 @@ def test_wrong_sources_are_refused(tokens, coder, tmp_path):
 
 def build_and_page(tokens, coder, tmp_path):
     return FeatureIndex.build(coder, Source(tokens), tokens, tmp_path / "c").page(40)
+
+
+def test_a_subject_at_work_is_indexed(tmp_path):
+    tiny = native(d_model=32, d_head=8, n_layers=2, n_ctx=64, n_heads=4, d_vocab=VOCAB, act_fn="gelu")
+    subject, hook, words = Subject.wrap(tiny), "blocks.0.mlp.hook_post", corpus()
+    tokens = Tokens(words.ids, words.doc, words.special, words.documents, words.provenance)
+    coder = make("topk", d_in=128, d_sae=64, k=6)
+    stream = Stream(subject, tokens, hook, batch=100, block=500, seed=None)
+    index = FeatureIndex.build(coder, stream, tokens, tmp_path / "i")
+    x = subject.run(tokens.ids, [hook])[hook]
+    dense = coder.encode(x.reshape(-1, 128)).dense().detach().numpy() * ~tokens.special.reshape(-1, 1).numpy()
+    assert np.array_equal(np.diff(index.indptr), (dense > 0).sum(0)) and index.facts["corpus"] == words.provenance
+    for latent in range(64):
+        position, value = index.activations(latent)
+        assert np.array_equal(position, np.flatnonzero(dense[:, latent]))
+        np.testing.assert_allclose(value, dense[position, latent], rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="corpus order"):
+        build(coder, Stream(subject, tokens, hook, seed=0), tokens, tmp_path / "j")
