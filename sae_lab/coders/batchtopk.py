@@ -19,35 +19,35 @@ from .topk import explain, tied
 from ..ground.errors import InputError
 from ..ground.sparse import Codes, batch_topk_encode
 
-# %% ../../nbs/01_coders/04_batchtopk.ipynb #690be88a
+# %% ../../nbs/01_coders/04_batchtopk.ipynb #9aa0f796
 def next_threshold(threshold: Float[Tensor, " d_sae"],  # of the gate, the same for all latents
                    codes: Codes,                        # selected in this batch
-                   step: int,                           # steps done
-                   beta: float = 0.99,                  # memory of the moving average
+                   hints: Hints,                        # step of how many
+                   memory: float = 0.05,                # of the moving average, share of the run
                    ) -> Float[Tensor, " d_sae"]:        # after this batch
     "Moving average of the smallest value a batch selects; unchanged where nothing is selected."
     values = codes.values.detach()
     least = values[values > 0]
     if not least.numel(): return threshold.clone()
-    return threshold.lerp(least.min().expand_as(threshold), 1 - min(beta, step / (step + 1)))
+    steps = min(hints.step + 1, max(1.0, memory * hints.steps), 1000)
+    return threshold.lerp(least.min().expand_as(threshold), 1 / steps)
 
 def batchtopk_objective(coder: Dictionary,            # with a Threshold gate, in training units
                         x: Float[Tensor, "n d_in"],   # inputs, training units
                         y: Float[Tensor, "n d_out"],  # targets, training units
                         hints: Hints,                 # from the loop
                         aux: float = 1 / 32,          # weight of AuxK
-                        beta: float = 0.99,           # memory of the threshold's average
                         ) -> Loss:                    # as for TopK; updates gate.threshold
     "Normalised squared error of the batch's k n largest latents, and AuxK."
     k = coder.spec.args["k"]
-    def select(inputs, enc, bias, pool): return batch_topk_encode(inputs, enc, bias, k, pool)
+    def select(inputs, enc, bias, pool): return batch_topk_encode(inputs, enc, bias, k, pool=pool)
     loss = explain(coder, x, y, hints, aux, select)
-    threshold = next_threshold(coder.gate.threshold, loss.codes, hints.step, beta)
+    threshold = next_threshold(coder.gate.threshold, loss.codes, hints)
     parts = loss.parts | {"threshold": threshold[0]}
     return replace(loss, parts=parts, updates={"gate.threshold": threshold})
 
-# %% ../../nbs/01_coders/04_batchtopk.ipynb #1ee144e4
-BATCHTOPK = Recipe(batchtopk_objective, lr=3e-4, eps=6.25e-10, centre="median")
+# %% ../../nbs/01_coders/04_batchtopk.ipynb #b315c2b5
+BATCHTOPK = Recipe(batchtopk_objective, lr=1e-3, betas=(0.9, 0.99), eps=6.25e-10, centre="median")
 
 @register("batchtopk", recipe=BATCHTOPK, paper="Bussmann et al. 2024, arXiv 2412.06410",
           idea="k latents a token on average, chosen over the batch; a threshold at inference",

@@ -47,21 +47,29 @@ def neurons(d_in: int,                # width of the hook
         raise InputError(f"neurons with d_sae {d_sae}", f"d_sae = d_in = {d_in}", "leave d_sae out")
     return signed(torch.eye(d_in), k)
 
-# %% ../../nbs/01_coders/06_controls.ipynb #f6a87f17
+# %% ../../nbs/01_coders/06_controls.ipynb #ac780ed9
 def moments(batches: Iterable[Float[Tensor, "n d_in"]], # activations, model units
             d_in: int,                                  # their width
             ) -> tuple[Tensor, Tensor, int]:            # mean, covariance, rows
     "Mean and covariance of a stream, in float64; raises InputError when it is empty."
-    n, total, product = 0, torch.zeros(d_in).double(), torch.zeros(d_in, d_in).double()
-    first = None
+    n, total, product, origin = 0, torch.zeros(d_in).double(), torch.zeros(d_in, d_in).double(), None
     for x in batches:
         x = check_rows(x, d_in).double().cpu()
-        first = x.mean(0) if first is None else first
-        n, total, product = n + len(x), total + (x - first).sum(0), product + (x - first).T @ (x - first)
+        origin = x.mean(0) if origin is None else origin
+        x = x - origin
+        n, total, product = n + len(x), total + x.sum(0), product + x.T @ x
     if not n: raise InputError("no rows", "at least one batch", "give batches of activations")
     mean = total / n
-    return first + mean, product / n - torch.outer(mean, mean), n
+    return origin + mean, product / n - torch.outer(mean, mean), n
 
+def _filled(coder: Dictionary, rows: Tensor, mean: Tensor) -> Dictionary:
+    out = copy.deepcopy(coder)
+    with torch.no_grad():
+        for parameter, value in [(out.enc, rows), (out.dec, rows), (out.b_dec, mean)]:
+            parameter.copy_(value)
+    return out
+
+# %% ../../nbs/01_coders/06_controls.ipynb #f8e49005
 def solve_pca(coder: Dictionary,                           # as `pca` makes it
               batches: Iterable[Float[Tensor, "n d_in"]],  # activations, model units
               ) -> Dictionary:                             # a new coder
@@ -70,13 +78,6 @@ def solve_pca(coder: Dictionary,                           # as `pca` makes it
     rows = torch.linalg.eigh(covariance)[1].flip(1).T[:coder.d_sae]
     rows = rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
     return _filled(coder, rows, mean)
-
-def _filled(coder: Dictionary, rows: Tensor, mean: Tensor) -> Dictionary:
-    out = copy.deepcopy(coder)
-    with torch.no_grad():
-        for parameter, value in [(out.enc, rows), (out.dec, rows), (out.b_dec, mean)]:
-            parameter.copy_(value)
-    return out
 
 @register("pca", solve=solve_pca, control=True, paper="Pearson 1901",
           idea="the directions of largest variance",

@@ -61,8 +61,8 @@ def relu_l1_objective(coder: Dictionary,            # with a Relu gate, in train
     price = l1 * (total / len(y)).sqrt() * activity / total
     return Loss(left / total + price, reports(codes, left, total) | {"l1": price.detach()}, codes)
 
-# %% ../../nbs/01_coders/05_relu.ipynb #a46b7a79
-RELU_L1 = Recipe(relu_l1_objective, lr=3e-4, eps=6.25e-10, centre="median")
+# %% ../../nbs/01_coders/05_relu.ipynb #bfc5ca31
+RELU_L1 = Recipe(relu_l1_objective, lr=1e-3, betas=(0.9, 0.99), eps=6.25e-10, centre="median")
 
 @register("relu_l1", recipe=RELU_L1, paper="Bricken et al. 2023, Towards Monosemanticity",
           idea="every positive pre-activation fires, and activity has a price",

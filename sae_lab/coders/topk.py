@@ -19,11 +19,12 @@ from .gates import TopK
 from ..ground.errors import InputError
 from ..ground.sparse import Codes, decode, topk_dead, topk_encode
 
-# %% ../../nbs/01_coders/03_topk.ipynb #346cbcae
+# %% ../../nbs/01_coders/03_topk.ipynb #1cb1210b
 def variance(y: Float[Tensor, "n d_out"], # targets
              ) -> Float[Tensor, ""]:      # summed squared distance from the batch's mean
     "Total squared deviation of a batch from its mean, never 0."
-    return (y.var(0, correction=0).sum() * len(y)).clamp(min=torch.finfo(y.dtype).tiny)
+    total = mse_loss(y, y.mean(0).expand_as(y), reduction="sum")
+    return total.clamp(min=torch.finfo(y.dtype).tiny)
 
 def reports(codes: Codes,                  # of the batch
             left: Float[Tensor, ""],       # summed squared error of the batch
@@ -33,7 +34,7 @@ def reports(codes: Codes,                  # of the batch
     left, fires = left.detach(), (codes.values.detach() != 0).sum()
     return {"mse": left / codes.n, "fvu": left / total, "l0": fires / codes.n}
 
-# %% ../../nbs/01_coders/03_topk.ipynb #b17108ce
+# %% ../../nbs/01_coders/03_topk.ipynb #dfbea253
 def auxk(coder: Dictionary,                # in training units
          x: Float[Tensor, "n d_in"],       # what is encoded: `training_inputs`
          bias: Float[Tensor, " d_sae"],    # and its bias
@@ -70,10 +71,10 @@ def topk_objective(coder: Dictionary,            # with a TopK gate, in training
                    aux: float = 1 / 32,          # weight of AuxK
                    ) -> Loss:                    # fraction of variance unexplained + aux * AuxK
     "Normalised squared error of the k largest latents, and AuxK."
-    def select(inputs, enc, bias, pool): return topk_encode(inputs, enc, bias, coder.gate.k, pool)
+    def select(inputs, enc, bias, pool): return topk_encode(inputs, enc, bias, coder.gate.k, pool=pool)
     return explain(coder, x, y, hints, aux, select)
 
-# %% ../../nbs/01_coders/03_topk.ipynb #5ef63b9e
+# %% ../../nbs/01_coders/03_topk.ipynb #df87c6fa
 def tied(d_in: int,          # width read
          d_sae: int,         # latents
          d_out: int | None,  # width written; None or d_in: an autoencoder
@@ -87,7 +88,7 @@ def tied(d_in: int,          # width read
     if d_out is None or d_out == d_in: return enc, enc.clone(), True
     return enc, unit_rows(d_sae, d_out, seed + 1), False
 
-TOPK = Recipe(topk_objective, lr=3e-4, eps=6.25e-10, centre="median")
+TOPK = Recipe(topk_objective, lr=1e-3, betas=(0.9, 0.99), eps=6.25e-10, centre="median")
 
 @register("topk", recipe=TOPK, paper="Gao et al. 2024, arXiv 2406.04093",
           idea="the k largest pre-activations of each token fire",
