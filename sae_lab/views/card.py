@@ -6,7 +6,7 @@
 __all__ = ['RARE', 'DENSE', 'STATES', 'Window', 'Group', 'window', 'LatentCard', 'facts', 'band_group', 'page_groups',
            'latent_card']
 
-# %% ../../nbs/09_views/05_card.ipynb #558e7cc5
+# %% ../../nbs/09_views/05_card.ipynb #4e40c1be
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from ..ground.html import SANS, escape, number
 from .histograms import HistogramChart, activation_histogram
 from .logits import LogitTable
-from .payload import AbstractPayload, Number, token_text, views
+from .payload import AbstractPayload, Number, caption, token_text, views
 from .tokens import legend, token_html
 
 # %% ../../nbs/09_views/05_card.ipynb #83b789c3
@@ -77,7 +77,7 @@ class LatentCard(AbstractPayload):
 RARE = 30     # activations below which a card warns that it rests on little evidence
 DENSE = 0.1   # share of tokens above which a latent is called dense
 
-# %% ../../nbs/09_views/05_card.ipynb #47196b8f
+# %% ../../nbs/09_views/05_card.ipynb #6d3f6410
 STATES = {"dead": "dead: it never fired", "rare": f"rare: fewer than {RARE} activations, little evidence",
           "dense": f"dense: it fires on more than {DENSE:.0%} of tokens", "": ""}
 
@@ -97,12 +97,12 @@ def facts(card: LatentCard, # a card
 def _head(card: LatentCard) -> str:
     badge = (f' <b style="border:1px solid;border-radius:3px;padding:0 4px">{card.state}</b>'
              if card.state else "")
-    where = f' <small style="opacity:.75">{escape(card.where)}</small>' if card.where else ""
+    where = f' <small style="opacity:.75">{caption(card.where)}</small>' if card.where else ""
     note = f"<div><small>{STATES[card.state]}</small></div>" if card.state else ""
     return (f'<div style="font-size:16px"><b>latent {card.latent}</b>{badge}{where}</div>'
             f'<div style="opacity:.85">{escape(" · ".join(facts(card)))}</div>{note}')
 
-# %% ../../nbs/09_views/05_card.ipynb #cd131f29
+# %% ../../nbs/09_views/05_card.ipynb #d6e4375d
 def _shown(each: Window) -> float:
     "The activation a window was chosen for, or else its greatest."
     if each.focus is not None and each.focus < len(each.values): return float(each.values[each.focus])
@@ -111,7 +111,7 @@ def _shown(each: Window) -> float:
 def _window_html(each: Window, scale: float, detail: int) -> str:
     value = _shown(each)
     place = f":{each.position}" if each.position is not None and each.document else ""
-    title = f' title="{escape(token_text(each.document, 80) + place)}"' if each.document else ""
+    title = f' title="{caption(each.document, 80) + place}"' if each.document else ""
     at = each.focus or 0
     left = token_html(each.tokens[:at], each.values[:at], scale, None, detail)
     right = token_html(each.tokens[at:], each.values[at:], scale, None if each.focus is None else 0, detail)
@@ -120,9 +120,9 @@ def _window_html(each: Window, scale: float, detail: int) -> str:
 
 def _group_html(group: Group, scale: float, detail: int) -> str:
     if not group.windows:
-        return f'<tr><td colspan="4"><b>{escape(group.name)}</b> <small>{escape(group.note)}</small></td></tr>'
-    note = f"<br><small>{escape(group.note)}</small>" if group.note else ""
-    head = f'<td rowspan="{len(group.windows)}" valign="top">{escape(group.name)}{note}</td>'
+        return f'<tr><td colspan="4"><b>{caption(group.name)}</b> <small>{caption(group.note)}</small></td></tr>'
+    note = f"<br><small>{caption(group.note)}</small>" if group.note else ""
+    head = f'<td rowspan="{len(group.windows)}" valign="top">{caption(group.name)}{note}</td>'
     rows = "<tr>".join(_window_html(each, scale, detail) for each in group.windows)
     return f'<tr style="border-top:1px solid #8886">{head}{rows}'
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'DASHES', 'Curve', 'DensityMap', 'TrainingCurves', 'colour_of', 'label_of', 'thin', 'training_curves']
 
-# %% ../../nbs/09_views/06_curves.ipynb #9256b0da
+# %% ../../nbs/09_views/06_curves.ipynb #ed6ccf8b
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..ground.errors import InputError
-from ..ground.html import SERIES, escape, number
+from ..ground.html import SERIES, number
 from .histograms import sparkline
-from .payload import AbstractPayload, Number, token_text, views
+from .payload import AbstractPayload, Number, caption, token_text, views
 from .svg import Frame, axes, drawing, line, nice_ticks
 
 # %% ../../nbs/09_views/06_curves.ipynb #f9d11653
@@ -102,7 +102,7 @@ def _panel(curves: TrainingCurves, quantity: str) -> str:
     says = f"{label}: " + ", ".join(f"{each.coder} {number(_last(each))}" for each in mine)
     return _titled(label, drawing(frame, axes(frame, "tokens", "", None, ticks) + lines, says[:300]))
 
-# %% ../../nbs/09_views/06_curves.ipynb #b623c911
+# %% ../../nbs/09_views/06_curves.ipynb #f65d5aa4
 def _tokens_range(curves: TrainingCurves) -> tuple[int, int]:
     return (0, max(curves.tokens)) if curves.tokens and max(curves.tokens) > 0 else (0, 1)
 
@@ -111,7 +111,7 @@ def _last(curve: Curve) -> float:
     return next((v for v in reversed(curve.values) if math.isfinite(v)), math.nan)
 
 def _titled(title: str, body: str) -> str:
-    head = f"<div><small><b>{escape(title)}</b></small></div>"
+    head = f"<div><small><b>{caption(title)}</b></small></div>"
     return f'<div style="display:inline-block;margin:0 12px 8px 0">{head}{body}</div>'
 
 def thin(n: int,         # items there are
@@ -121,7 +121,7 @@ def thin(n: int,         # items there are
     if n <= most: return list(range(n))
     return sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})
 
-# %% ../../nbs/09_views/06_curves.ipynb #51e509dc
+# %% ../../nbs/09_views/06_curves.ipynb #32e4c6ff
 def _cells(frame: Frame, chart: DensityMap, steps: int = 8) -> str:
     "The map as one path a step of opacity."
     keep = thin(len(chart.tokens), 40)
@@ -151,9 +151,9 @@ def _map(curves: TrainingCurves, chart: DensityMap) -> str:
     return _titled(says, drawing(frame, body, says))
 
 def _curves_html(curves: TrainingCurves) -> str:
-    names = " ".join(f'<b style="color:{colour_of(curves, coder)}">━━</b> {escape(token_text(coder))}'
+    names = " ".join(f'<b style="color:{colour_of(curves, coder)}">━━</b> {caption(coder)}'
                      for coder in curves.coders)
-    title = f"<b>{escape(curves.title)}</b> " if curves.title else ""
+    title = f"<b>{caption(curves.title)}</b> " if curves.title else ""
     seen = f"{curves.tokens[-1]:,} tokens" if curves.tokens else "nothing measured yet"
     panels = "".join(_panel(curves, quantity) for quantity in curves.quantities)
     maps = "".join(_map(curves, chart) for chart in curves.densities)

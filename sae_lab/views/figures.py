@@ -6,7 +6,7 @@
 __all__ = ['WIDTHS', 'POINT', 'CONFIG', 'DASHES', 'IMAGES', 'paper', 'figure', 'drawn', 'to_csv', 'missing_browser',
            'SavedFigures', 'save_figures']
 
-# %% ../../nbs/09_views/07_figures.ipynb #a962bd8e
+# %% ../../nbs/09_views/07_figures.ipynb #75199395
 import csv
 import importlib.util
 import io
@@ -26,7 +26,7 @@ from ..ground.files import atomic, write_json
 from ..ground.html import SERIES, table
 from .curves import TrainingCurves, label_of
 from .histograms import HistogramChart, bin_text
-from .payload import AbstractPayload, page, plain
+from .payload import AbstractPayload, caption, page, plain
 
 # %% ../../nbs/09_views/07_figures.ipynb #d4aa0051
 WIDTHS = {"column": 3.3, "text": 5.5, "page": 6.9}      # inches
@@ -57,36 +57,37 @@ def paper(fig: Any,                       # a plotly figure; it is not changed
     new.update_annotations(font_size=8 * POINT)
     return new
 
-# %% ../../nbs/09_views/07_figures.ipynb #f5bcbe55
+# %% ../../nbs/09_views/07_figures.ipynb #f53c0bd7
 def _histogram_figure(chart: HistogramChart) -> Any:
     import plotly.graph_objects as go
     left = [float(edge) for edge in chart.edges[:-1]]
     wide = [float(b) - float(a) for a, b in zip(chart.edges, chart.edges[1:])]
     colour = SERIES[5] if chart.colour == "#e70" else SERIES[0]
-    says = [bin_text(chart, i) for i in range(len(chart.counts))]
+    says = [caption(bin_text(chart, i)) for i in range(len(chart.counts))]
     fig = go.Figure(go.Bar(x=left, y=chart.counts, width=wide, offset=0, hovertext=says, hoverinfo="text",
                            marker=dict(color=colour, line=dict(color="white", width=0.5))))
-    fig.update_layout(title_text=chart.title, xaxis_title=chart.x_label, yaxis_title=chart.y_label, bargap=0)
+    fig.update_layout(title_text=caption(chart.title), xaxis_title=caption(chart.x_label),
+                      yaxis_title=caption(chart.y_label), bargap=0)
     fig.update_yaxes(type="log" if chart.log_counts else "linear")
     if chart.log_x:
         low, high = math.ceil(chart.edges[0]), math.floor(chart.edges[-1])
         powers = list(range(high, low - 1, -max(1, (high - low) // 5)))
         fig.update_xaxes(tickvals=powers, ticktext=["1" if p == 0 else f"10<sup>{p}</sup>" for p in powers])
     if chart.apart_label:
-        fig.add_annotation(text=f"{chart.apart:,} {chart.apart_label}", x=0.98, y=0.98, xref="paper",
+        fig.add_annotation(text=f"{chart.apart:,} {caption(chart.apart_label)}", x=0.98, y=0.98, xref="paper",
                            yref="paper", xanchor="right", showarrow=False)
     return fig
 
 def _curves_figure(curves: TrainingCurves) -> Any:
     from plotly.subplots import make_subplots
     names = curves.quantities
-    titles = [label_of(curves, name) for name in names]
+    titles = [caption(label_of(curves, name)) for name in names]
     fig = make_subplots(1, max(1, len(names)), subplot_titles=titles, horizontal_spacing=0.09)
     for each in curves.curves:
         at, i = names.index(each.quantity), curves.coders.index(each.coder)
         look = dict(color=SERIES[i % len(SERIES)], dash=DASHES[i % len(DASHES)], width=1.6)
-        fig.add_scatter(x=curves.tokens, y=each.values, name=each.coder, legendgroup=each.coder, mode="lines",
-                        line=look, showlegend=at == 0, row=1, col=at + 1)
+        fig.add_scatter(x=curves.tokens, y=each.values, name=caption(each.coder),
+                        legendgroup=caption(each.coder), mode="lines", line=look, showlegend=at == 0, row=1, col=at + 1)
     fig.update_xaxes(title_text="tokens")
     fig.update_yaxes(rangemode="tozero")
     return fig

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'HistogramChart', 'bin_text', 'sparkline', 'activation_histogram', 'density_histogram']
 
-# %% ../../nbs/09_views/03_histograms.ipynb #a40bed50
+# %% ../../nbs/09_views/03_histograms.ipynb #34c00320
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..ground.errors import InputError
-from ..ground.html import escape, number
-from .payload import AbstractPayload, Number, token_text, views
+from ..ground.html import number
+from .payload import AbstractPayload, Number, caption, token_text, views
 from .svg import Frame, axes, bars, drawing, nice_ticks
 
 # %% ../../nbs/09_views/03_histograms.ipynb #72e21789
@@ -49,7 +49,7 @@ class HistogramChart(AbstractPayload):
         apart = {"low": None, "high": None, "count": self.apart, "label": self.apart_label}
         return [apart, *bins] if self.apart_label else bins
 
-# %% ../../nbs/09_views/03_histograms.ipynb #0fa19548
+# %% ../../nbs/09_views/03_histograms.ipynb #e159a019
 def bin_text(chart: HistogramChart,  # a histogram
              i: int,                 # number of the bin
              ) -> str:               # "0.5 to 1: 12 tokens"
@@ -77,8 +77,8 @@ def _chart_html(chart: HistogramChart) -> str:
     body = axes(frame, chart.x_label, y_label, _x_ticks(chart), ticks)
     titles = [bin_text(chart, i) for i in range(len(chart.counts))]
     svg = drawing(frame, body + bars(frame, chart.edges, heights, titles, chart.colour), _summary(chart))
-    title = f"<div><b>{escape(chart.title)}</b></div>" if chart.title else ""
-    below = f'<small style="opacity:.75">{escape(_summary(chart))}</small>'
+    title = f"<div><b>{caption(chart.title)}</b></div>" if chart.title else ""
+    below = f'<small style="opacity:.75">{caption(_summary(chart), 400)}</small>'
     return f'<div style="display:inline-block">{title}{svg}<div>{below}</div></div>'
 
 def _summary(chart: HistogramChart) -> str:

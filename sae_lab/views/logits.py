@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LogitTable', 'logit_table']
 
-# %% ../../nbs/09_views/04_logits.ipynb #b117cb10
+# %% ../../nbs/09_views/04_logits.ipynb #e4efe667
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..ground.html import MONO, escape, number
-from .payload import AbstractPayload, Number, token_text, views
+from ..ground.html import MONO, number
+from .payload import AbstractPayload, Number, caption, token_text, views
 
 # %% ../../nbs/09_views/04_logits.ipynb #8445378d
 @views.add("logits", idea="promoted and suppressed tokens",
@@ -36,14 +36,14 @@ def _sides(table: LogitTable) -> list[tuple[str, str, float]]:
     up = [("promoted", *each) for each in zip(table.promoted, table.promoted_by, strict=True)]
     return up + [("suppressed", *each) for each in zip(table.suppressed, table.suppressed_by, strict=True)]
 
-# %% ../../nbs/09_views/04_logits.ipynb #5d778e2e
+# %% ../../nbs/09_views/04_logits.ipynb #9a32b0a2
 def _bar(token: str, effect: float, most: float) -> str:
     "A row: the token over a bar of its length, and the number."
     share = abs(effect) / most if most > 0 and math.isfinite(effect) else 0.0
     colour = "#e707" if effect > 0 else "#17d7"
     fill = f"linear-gradient(90deg,{colour} {share:.0%},#0000 0)"
     style = f"background:{fill};min-width:8em;padding:0 4px;white-space:pre;text-align:left"
-    return (f'<td style="{style}">{escape(token_text(token, 40))}</td>'
+    return (f'<td style="{style}">{caption(token, 40)}</td>'
             f'<td style="padding:0 16px 0 6px;text-align:right">{number(effect)}</td>')
 
 def _table_html(table: LogitTable) -> str:
@@ -58,8 +58,8 @@ def _table_html(table: LogitTable) -> str:
     body = "".join("<tr>" + "".join(column[i] if i < len(column) else empty for column in shown) + "</tr>"
                    for i in range(max(map(len, shown), default=0)))
     style = f"border-collapse:collapse;font:12px/1.6 {MONO}"
-    title = f"<b>{escape(table.title)}</b> " if table.title else ""
-    note = f'{title}<small style="opacity:.75">{escape(table.unit) if shown else "no logits"}</small>'
+    title = f"<b>{caption(table.title)}</b> " if table.title else ""
+    note = f'{title}<small style="opacity:.75">{caption(table.unit) if shown else "no logits"}</small>'
     return f'<div>{note}<table style="{style}"><tr>{head}</tr>{body}</table></div>'
 
 def _table_text(table: LogitTable) -> str:

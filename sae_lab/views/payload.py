@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Number', 'TAGS', 'ATTRIBUTES', 'VOID', 'views', 'plain', 'AbstractPayload', 'read_html', 'check_view', 'page',
-           'token_text']
+           'token_text', 'caption']
 
 # %% ../../nbs/09_views/00_payload.ipynb #db70b3a8
 import json
@@ -141,7 +141,7 @@ def page(parts: Iterable[AbstractPayload | str],  # views, or plain text as para
             f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title></head>\n'
             f'<body style="{escape(style)}"><h1>{escape(title)}</h1>\n{body}\n</body></html>\n')
 
-# %% ../../nbs/09_views/00_payload.ipynb #9a743299
+# %% ../../nbs/09_views/00_payload.ipynb #0d0519f0
 def token_text(token: str,       # as the tokenizer gives it
                limit: int = 60,  # characters shown at most
                ) -> str:         # visible, not yet escaped
@@ -149,3 +149,9 @@ def token_text(token: str,       # as the tokenizer gives it
     if len(token) > limit: token = f"{token[:limit - 20]}… ({len(token):,} characters)"
     if token and not token.strip(" "): return "·" * len(token)
     return visible(token.replace("\r\n", "↵").replace("\n", "↵").replace("\t", "⇥"))
+
+def caption(text: object,       # a title, a label, a note
+            limit: int = 160,   # characters shown at most
+            ) -> str:           # safe HTML
+    "Write a title or a note so that it can be read in a line."
+    return escape(token_text(str(text), limit))

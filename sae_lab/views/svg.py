@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['nice_ticks', 'Frame', 'label', 'axes', 'bars', 'line', 'drawing']
 
-# %% ../../nbs/09_views/02_svg.ipynb #ebfe56ec
+# %% ../../nbs/09_views/02_svg.ipynb #b1080488
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..ground.html import SANS, escape, number
-from .payload import Number
+from .payload import Number, caption
 
 # %% ../../nbs/09_views/02_svg.ipynb #c92f542f
 def nice_ticks(low: Number,   # one end of the axis
@@ -46,7 +46,7 @@ class Frame:
         span = self.height - self.margin[0] - self.margin[2]
         return round(self.height - self.margin[2] - span * (value - low) / ((high - low) or 1), 1)
 
-# %% ../../nbs/09_views/02_svg.ipynb #3a70d6fe
+# %% ../../nbs/09_views/02_svg.ipynb #cfa1a75e
 def label(x: Number, y: Number,        # anchor, pixels
           text: object,              # what it says
           anchor: str = "middle",    # "start", "middle" or "end"
@@ -56,8 +56,8 @@ def label(x: Number, y: Number,        # anchor, pixels
     "A short text."
     extra = ' opacity=".7"' if faint else ""
     if turn: extra += f' transform="rotate(-90 {x:g} {y:g})"'
-    return (f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="currentColor"{extra}>'
-            f'{escape(text)}</text>')
+    place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}"'
+    return f'<text {place} fill="currentColor"{extra}>{caption(text, 60)}</text>'
 
 def axes(frame: Frame,                                    # where
          x_label: str = "",                               # quantity and unit
@@ -79,7 +79,7 @@ def axes(frame: Frame,                                    # where
     if y_label: parts.append(label(10, (frame.margin[0] + bottom) / 2, y_label, turn=True))
     return "".join(parts)
 
-# %% ../../nbs/09_views/02_svg.ipynb #013c4954
+# %% ../../nbs/09_views/02_svg.ipynb #15524509
 def bars(frame: Frame,                       # where
          edges: Sequence[Number],             # edges of the bars along x
          heights: Sequence[Number],           # one fewer than edges
@@ -93,7 +93,7 @@ def bars(frame: Frame,                       # where
         x, top = frame.x(low), frame.y(height)
         wide, tall = max(1.0, frame.x(high) - x - 1), max(1.0, base - top)
         parts.append(f'<rect x="{x:g}" y="{base - tall:g}" width="{wide:g}" height="{tall:g}">'
-                     f"<title>{escape(title)}</title></rect>")
+                     f"<title>{caption(title)}</title></rect>")
     return f'<g fill="{escape(colour)}" fill-opacity=".85">{"".join(parts)}</g>'
 
 def line(frame: Frame,             # where
@@ -114,9 +114,9 @@ def line(frame: Frame,             # where
         pen = "L"
     dashes = f' stroke-dasharray="{escape(dash)}"' if dash else ""
     look = f'fill="none" stroke="{escape(colour)}" stroke-width="1.8"{dashes}'
-    return f'<path d="{"".join(path)}" {look}><title>{escape(title)}</title></path>'
+    return f'<path d="{"".join(path)}" {look}><title>{caption(title)}</title></path>'
 
-# %% ../../nbs/09_views/02_svg.ipynb #870ff855
+# %% ../../nbs/09_views/02_svg.ipynb #d0e09f19
 def drawing(frame: Frame,   # where
             body: str,      # SVG
             says: str,      # what the chart shows, in a sentence, for those who cannot see it
@@ -124,4 +124,4 @@ def drawing(frame: Frame,   # where
     "The finished chart."
     style = f"display:block;max-width:100%;height:auto;font:11px {SANS}"
     size = f'viewBox="0 0 {frame.width} {frame.height}" width="{frame.width}" height="{frame.height}"'
-    return f'<svg {size} role="img" aria-label="{escape(says)}" style="{style}">{body}</svg>'
+    return f'<svg {size} role="img" aria-label="{caption(says)}" style="{style}">{body}</svg>'

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FLOW', 'shade', 'marked', 'token_html', 'TokenStrip', 'legend']
 
-# %% ../../nbs/09_views/01_tokens.ipynb #580d6279
+# %% ../../nbs/09_views/01_tokens.ipynb #059576b8
 import math
 from dataclasses import dataclass
 from itertools import groupby
 
 from ..ground.errors import InputError
 from ..ground.html import MONO, escape, number
-from .payload import AbstractPayload, Number, token_text, views
+from .payload import AbstractPayload, Number, caption, token_text, views
 
 # %% ../../nbs/09_views/01_tokens.ipynb #c21ff6f5
 def shade(value: Number,  # activation, model units
@@ -95,7 +95,7 @@ class TokenStrip(AbstractPayload):
         return [{"position": i, "token": token, "activation": value}
                 for i, (token, value) in enumerate(zip(self.tokens, self.values, strict=True))]
 
-# %% ../../nbs/09_views/01_tokens.ipynb #51e8ae56
+# %% ../../nbs/09_views/01_tokens.ipynb #1d95b7e9
 FLOW = f"font:13px/1.7 {MONO};white-space:pre-wrap;overflow-wrap:anywhere"
 
 def legend(scale: Number,          # activation that gets the full colour
@@ -106,12 +106,12 @@ def legend(scale: Number,          # activation that gets the full colour
     steps = [share for share in (-1, -0.5, 0.25, 0.5, 0.75, 1) if signed or share > 0]
     boxes = "".join(f'<b style="background:{shade(step, 1)}">&nbsp;&nbsp;</b>' for step in steps)
     low = f"-{number(scale)}" if signed else "0"
-    return f'<small style="opacity:.75">{low} {boxes} {number(scale)} {escape(unit)}</small>'
+    return f'<small style="opacity:.75">{low} {boxes} {number(scale)} {caption(unit)}</small>'
 
 def _strip_html(strip: TokenStrip) -> str:
     signed = any(value < 0 for value in strip.values)
-    title = f"<b>{escape(strip.title)}</b> " if strip.title else ""
-    note = f'<small style="opacity:.75">{escape(strip.note)}</small> ' if strip.note else ""
+    title = f"<b>{caption(strip.title)}</b> " if strip.title else ""
+    note = f'<small style="opacity:.75">{caption(strip.note)}</small> ' if strip.note else ""
     head = title + note + legend(strip.full, strip.unit, signed)
     body = token_html(strip.tokens, strip.values, strip.full, strip.focus)
     return f'<div><div>{head}</div><div dir="ltr" style="{FLOW}">{body or "no tokens"}</div></div>'
