@@ -64,7 +64,7 @@ class Spec:
         return cls(**{key: tuple(value) if isinstance(value, list) else value
                       for key, value in data.items()})
 
-# %% ../../nbs/01_coders/00_contract.ipynb #57a67738
+# %% ../../nbs/01_coders/00_contract.ipynb #136684f4
 class AbstractCoder(nn.Module, ABC):
     "Encode activations to sparse codes and decode them: the one interface of every coder."
     spec: Spec         # what it is
@@ -101,8 +101,7 @@ class AbstractCoder(nn.Module, ABC):
 
     def forward(self, x: Float[Tensor, "n d_in"]) -> tuple[Codes, Float[Tensor, "n d_out"]]:
         "Codes of `x` and the output they stand for."
-        codes = self.encode(x)
-        return codes, self.decode(codes, x)
+        return (codes := self.encode(x)), self.decode(codes, x)
 
     @property
     def identity(self) -> str: # 16 hex digits; hooks and provenance do not enter

@@ -112,10 +112,10 @@ for _kind, _run in product(("ce", "kl"), RUNS):
 for _kind, _floor in product(("ce", "kl"), ("zero", "mean")):
     statistic("downstream", "share", "higher")(recovered(_kind, _floor))
 
-# %% ../../nbs/06_measures/01_downstream.ipynb #8c7f8759
+# %% ../../nbs/06_measures/01_downstream.ipynb #316401dd
 def _masked(tokens:Tokens)->Measure:
     special, count = float(tokens.special.double().mean()), tokens.ids.numel()
-    return Measure("masked", special, math.nan, math.nan, "share of tokens", "neither", count, len(tokens.documents))
+    return Measure("masked", special, special, special, "share of tokens", "neither", count, len(tokens.documents))
 
 
 def _splices(subject, coder, null, where, mean)->dict[str, Splice]:
