@@ -27,11 +27,10 @@ __all__ = [
     "kth_largest",
     "row_topk",
     "sums",
-    "tangent_",
-    "unit_rows_",
 ]
 
 FAST = (torch.float32, torch.float64)  # dtypes with sparse products on a CPU
+CROWDED = 12  # a dense product costs this many times less an entry than a sparse one, about
 GROUP = 8  # columns whose maximum stands for them when looking for large entries
 
 
@@ -117,6 +116,24 @@ class Support:
         if self.indptr is None:
             return each.repeat_interleave(self.indices.shape[1])
         return each.repeat_interleave(self.indptr.diff().long(), output_size=len(self.flat))
+
+    @cached_property
+    def crowded(self) -> bool:
+        "Whether so much is stored that dense products are cheaper."
+        return CROWDED * self.indices.numel() > self.n * self.d_sae
+
+    @cached_property
+    def flat_positions(self) -> Int[Tensor, "nnz"]:
+        "Place of each stored entry in the dense equivalent, row by row."
+        return self.rows * self.d_sae + self.flat
+
+    def spread(
+        self,
+        values: Float[Tensor, "nnz"],  # one for each stored entry
+    ) -> Float[Tensor, "n d_sae"]:
+        "The dense equivalent."
+        dense = values.new_zeros(self.n * self.d_sae)
+        return dense.index_add_(0, self.flat_positions, values).view(self.n, self.d_sae)
 
     @cached_property
     def columns(self) -> tuple[Int[Tensor, "d1"], Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
@@ -304,9 +321,7 @@ def _bags(
     if columns.numel() == 0:
         return dense.new_zeros(starts.shape[0] - 1, dense.shape[1])
     if dense.dtype in FAST or dense.device.type != "cpu":
-        return torch.nn.functional.embedding_bag(
-            columns, dense, starts[:-1], per_sample_weights=values, mode="sum"
-        )
+        return torch.nn.functional.embedding_bag(columns, dense, starts[:-1], per_sample_weights=values, mode="sum")
     return _bags(values.float(), columns, starts, dense.float()).to(dense.dtype)
 
 
@@ -316,6 +331,8 @@ def combine_rows(
     dense: Float[Tensor, "d_sae d"],  # one vector for each latent
 ) -> Float[Tensor, "n d"]:  # sum over each row's latents
     "The product codes @ dense."
+    if support.crowded:
+        return support.spread(values) @ dense
     return _bags(values, support.flat, support.starts, dense)
 
 
@@ -326,6 +343,8 @@ def combine_columns(
     pool: Pool | None = None,  # memory for the result
 ) -> Float[Tensor, "d_sae d"]:  # sum over the rows where each latent is stored
     "The product codes.T @ dense."
+    if support.crowded:
+        return support.spread(values).t() @ dense
     starts, rows, order = support.columns
     values = values.index_select(0, order)
     direct = dense.device.type == "cpu" and dense.dtype in FAST and torch.backends.mkl.is_available()
@@ -342,6 +361,8 @@ def dots(
     right: Float[Tensor, "d_sae d"],  # one vector for each latent
 ) -> Float[Tensor, "nnz"]:  # inner product of each stored pair
     "The inner products <left[row], right[latent]> on the support alone."
+    if support.crowded:
+        return (left @ right.t()).view(-1)[support.flat_positions]
     if left.dtype in FAST and left.device.type == "cpu" and support.flat.numel():
         zeros = left.new_zeros(support.flat.numel())
         pattern = _matrix(support.starts, support.flat, zeros, (support.n, support.d_sae))
@@ -360,25 +381,3 @@ def sums(
 ) -> Float[Tensor, "d_sae"]:
     "The sum of each latent's values."
     return values.new_zeros(support.d_sae).index_add(0, support.flat, values)
-
-
-@torch.no_grad()
-def tangent_(
-    grad: Float[Tensor, "d_sae d"],  # changed in place
-    weight: Float[Tensor, "d_sae d"],  # rows of norm 1
-) -> Float[Tensor, "d_sae d"]:  # grad, rows orthogonal to those of weight
-    "Remove from each row of a gradient its component along that row of the weight."
-    for g, w in zip(grad.split(512), weight.split(512), strict=True):
-        g.addcmul_(w, (g * w).sum(1, keepdim=True), value=-1)
-    return grad
-
-
-@torch.no_grad()
-def unit_rows_(
-    weight: Float[Tensor, "d_sae d"],  # changed in place; a zero row stays zero
-) -> Float[Tensor, "d_sae d"]:  # weight, rows of norm 1
-    "Scale each row to norm 1."
-    for w in weight.split(512):
-        norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-        w.div_(norm.clamp_(min=torch.finfo(w.dtype).tiny))
-    return weight

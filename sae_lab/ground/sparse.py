@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Codes', 'decode', 'preacts', 'select_topk', 'select_batch_topk', 'select_threshold', 'affine_at', 'topk_encode',
-           'batch_topk_encode', 'topk_dead']
+           'batch_topk_encode', 'topk_dead', 'revive']
 
 # %% ../../nbs/00_ground/05_sparse.ipynb #4173d5b2
 from dataclasses import dataclass, replace
@@ -348,7 +348,13 @@ def batch_topk_encode(
     "The round(k n) largest positive pre-activations of the batch."
     return _encode(select_batch_topk, x, weight, bias, k, centre, pool)
 
-# %% ../../nbs/00_ground/05_sparse.ipynb #9e5f5287
+# %% ../../nbs/00_ground/05_sparse.ipynb #9f3f1a33
+def _among(x, weight, bias, k) -> Codes:
+    "The k largest positive pre-activations, or all positive ones of fewer than k latents."
+    pre = preacts(x, weight, bias)
+    codes = select_topk(pre, k) if len(weight) > k else select_threshold(pre, 0.0)
+    return affine_at(x, weight, bias, codes)
+
 def topk_dead(
     x: Float[Tensor, "n d_in"],  # activations, model units
     weight: Float[Tensor, "d_sae d_in"],  # encoder rows
@@ -358,7 +364,18 @@ def topk_dead(
 ) -> Codes:  # over all d_sae latents; differentiable in x, weight, bias
     "The k largest positive pre-activations of each token among dead latents."
     which = dead.nonzero()[:, 0]
-    pre = preacts(x, weight.detach()[which], bias.detach()[which])
-    few = select_topk(pre, k) if len(which) > k else select_threshold(pre, 0.0)
-    codes = Codes(few.values, which.int()[few.indices.long()], len(dead), few.indptr)
-    return affine_at(x, weight, bias, codes)
+    few = _among(x, weight.index_select(0, which), bias.index_select(0, which), k)
+    return Codes(few.values, which.int()[few.indices.long()], len(dead), few.indptr)
+
+def revive(
+    x: Float[Tensor, "n d_in"],  # activations, model units
+    weight: Float[Tensor, "d_sae d_in"],  # encoder rows
+    bias: Float[Tensor, "d_sae"],  # encoder bias
+    W_dec: Float[Tensor, "d_sae d_out"],  # decoder rows
+    dead: Bool[Tensor, "d_sae"],  # which latents may be chosen
+    k: int,  # latents kept on each token, at most; all dead ones if there are fewer
+) -> Float[Tensor, "n d_out"]:  # differentiable in all four
+    "What the k best dead latents of each token reconstruct: decode(topk_dead(...), W_dec), cheaper."
+    which = dead.nonzero()[:, 0]
+    weight, bias, W_dec = (each.index_select(0, which) for each in (weight, bias, W_dec))
+    return decode(_among(x, weight, bias, k), W_dec)

@@ -9,10 +9,10 @@ from sae_lab.ground import kernels
 from sae_lab.ground.errors import InputError, ShapeError
 from sae_lab.ground.sparse import (
     Codes,
-    affine_at,
     batch_topk_encode,
     decode,
     preacts,
+    revive,
     select_batch_topk,
     select_threshold,
     select_topk,
@@ -172,6 +172,10 @@ def test_gradcheck():
     dead = torch.arange(20) % 3 == 0
     auxiliary = lambda x, w, b, W_dec: decode(topk_dead(x, w, b, dead, 3), W_dec)
     assert torch.autograd.gradcheck(auxiliary, inputs)
+    assert torch.autograd.gradcheck(lambda x, w, b, D: revive(x, w, b, D, dead, 3), inputs)
+    centre = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    moved = lambda x, w, b, c: topk_encode(x, w, b, 4, centre=c).values
+    assert torch.autograd.gradcheck(moved, [*inputs[:3], centre])
 
 
 def test_dead_latents_equal_masked_selection():
@@ -180,6 +184,7 @@ def test_dead_latents_equal_masked_selection():
     dead = torch.rand(100) < 0.3
     pre = preacts(x, w, b).masked_fill(~dead, -torch.inf)
     torch.testing.assert_close(topk_dead(x, w, b, dead, 5).dense(), select_topk(pre, 5).dense())
+    assert topk_dead(x, w, b, ~dead | dead, 5).l0().max() == 5
     few = torch.arange(100) < 3
     codes = topk_dead(x, w, b, few, 5)
     torch.testing.assert_close(codes.dense()[:, :3], preacts(x, w, b)[:, :3].relu())
@@ -216,4 +221,74 @@ def test_nan_is_not_dropped():
 def test_kth_largest():
     v = torch.randn(1001)
     assert kernels.kth_largest(v, 10) == v.sort(descending=True).values[9]
-    assert affine_at is not None
+
+
+@pytest.mark.parametrize("n,m,k", [(3, 20000, 7), (2, 16384, 32), (5, 4099, 40), (2, 9000, 8999)])
+def test_wide_rows(n, m, k):
+    pre = torch.randn(n, m, generator=torch.Generator().manual_seed(3))
+    best = pre.topk(k, 1).values.relu()
+    assert torch.equal(select_topk(pre, k).values.sort(1, descending=True).values, best)
+    best = pre.flatten().topk(n * k).values
+    mine = select_batch_topk(pre, k).values.sort(descending=True).values
+    assert torch.equal(mine, best[best > 0])
+
+
+def test_crowded_and_sparse_products_agree():
+    codes = Codes.from_dense(scores(30, 40, 0, "sparse").double())
+    W, g = torch.randn(40, 6, dtype=torch.float64), torch.randn(30, 6, dtype=torch.float64)
+    crowded = Codes(codes.values, codes.indices, 40, codes.indptr)
+    crowded.support.__dict__["crowded"] = True
+    assert not codes.support.crowded
+    for kernel, args in ((kernels.combine_rows, W), (kernels.combine_columns, g)):
+        mine, theirs = (kernel(c.values, c.support, args) for c in (codes, crowded))
+        torch.testing.assert_close(mine, theirs)
+    mine, theirs = (kernels.dots(g, c.support, W) for c in (codes, crowded))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_pool_never_lends_memory_in_use():
+    pool, like = kernels.Pool(), torch.zeros(1)
+    one = pool.empty((1000, 100), like).fill_(1.0)
+    two, part = pool.empty((1000, 100), like), one[3:5]
+    where = one.data_ptr()
+    del one
+    assert where not in (two.data_ptr(), pool.empty((1000, 100), like).data_ptr())
+    assert (part == 1).all()
+    del part
+    assert pool.empty((1000, 100), like).data_ptr() == where
+    held = pool.nbytes
+    pool.empty((1000, 100), like)
+    assert pool.nbytes == held
+
+
+def test_steps_with_a_pool_reuse_memory_and_change_nothing():
+    torch.manual_seed(0)
+    pool, x = kernels.Pool(), torch.randn(64, 32)
+    shape = ((256, 32), (256,), (256, 32))
+    params = [torch.randn(s).requires_grad_() for s in shape]
+    for step in range(4):
+        grads = []
+        for memory in (None, pool):
+            codes = topk_encode(x, params[0], params[1], 4, pool=memory)
+            loss = (decode(codes, params[2], pool=memory) - x).square().sum()
+            loss = loss + decode(codes, params[2], pool=memory).square().sum()
+            grads.append(torch.autograd.grad(loss, params))
+        for plain, pooled in zip(*grads):
+            torch.testing.assert_close(plain, pooled)
+        if step == 1:
+            held = pool.nbytes
+    assert pool.nbytes == held
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_equals_cpu():
+    torch.manual_seed(0)
+    x, w, b, W_dec = (torch.randn(s) for s in ((64, 32), (512, 32), (512,), (512, 32)))
+    for encode in (topk_encode, batch_topk_encode):
+        answers = []
+        for device in ("cpu", "cuda"):
+            args = [t.detach().to(device).requires_grad_() for t in (x, w, b, W_dec)]
+            y = decode(encode(*args[:3], 5), args[3])
+            answers.append([y, *torch.autograd.grad(y.square().sum(), args)])
+        for cpu, cuda in zip(*answers):
+            torch.testing.assert_close(cpu, cuda.cpu(), rtol=1e-4, atol=1e-4)
