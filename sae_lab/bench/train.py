@@ -3,6 +3,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 
@@ -10,8 +11,7 @@ from sae_lab.bench.frame import Row, seconds
 from sae_lab.coders.contract import AbstractCoder, make
 from sae_lab.ground.toy import sparse_mixture
 from sae_lab.sources.stream import Batch, TensorSource
-from sae_lab.training.fit import fresh_batches
-from sae_lab.training.run import Run, advance, begin, report
+from sae_lab.training.run import Run, advance, begin, fresh_batches, report
 
 D_IN, K, BATCH, THREADS = 512, 32, 2048, 2
 PAIRS, STEPS = 5, 2  # in a repetition: so many times the bound, then so many steps (ten in all: one is measured)
@@ -68,13 +68,21 @@ class Loop:
             t.firing.since[: int(self.dead * t.coder.d_sae)] = t.firing.window
 
 
-def _coder(kind: str, d_sae: int, source: TensorSource) -> AbstractCoder:
-    if kind != "l1": return make(kind, d_in=D_IN, d_sae=d_sae, k=K)
-    coder, x = make("relu_l1", d_in=D_IN, d_sae=d_sae), next(source.batches()).acts["toy"][:256]
-    pre = x * source.norms()["toy"][1] @ coder.get_parameter("enc").t()
-    with torch.no_grad():  # as sparse as it is once trained: about K latents a token
-        coder.get_parameter("b_enc").copy_(-pre.quantile(1 - K / d_sae, dim=0) if d_sae * 256 < 2**24 else 0)
-    return coder
+KINDS = {"topk": ("topk", {"k": K}), "batchtopk": ("batchtopk", {"k": K}), "l1": ("relu_l1", {})}
+
+
+def _coder(kind: str, d_sae: int) -> AbstractCoder:
+    name, settings = KINDS[kind]
+    return make(name, d_in=D_IN, d_sae=d_sae, **settings)
+
+
+@torch.no_grad()
+def _sparsify(loop: Loop) -> None:
+    "Make a ReLU coder as sparse as training makes it: about K latents a token, by its bias."
+    for t in loop.run.trainees.values():
+        x = loop.batches[0].acts[t.hooks_in[0]][:256] * cast(float, t.scale_in) - t.coder.get_parameter("b_dec")
+        pre = x @ t.coder.get_parameter("enc").t()
+        t.coder.get_parameter("b_enc").copy_(-pre.quantile(1 - K / t.coder.d_sae, dim=0))
 
 
 def _ratio(loop: Loop, bound: Callable[[], object]) -> tuple[float, float]:
@@ -97,9 +105,15 @@ def _row(case: str, loop: Loop, bound: Callable[[], object], reps: int) -> Row:
 
 def _ladder(source: TensorSource, reps: int) -> Row:
     "Three dictionaries together beside the sum of each alone."
-    coders = {str(size): _coder("topk", size, source) for size in SIZES}
+    coders = {str(size): _coder("topk", size) for size in SIZES}
     together, alone = Loop(coders, source), [Loop({name: coder}, source) for name, coder in coders.items()]
-    return _row("ladder/" + "+".join(map(str, SIZES)), together, lambda: [loop() for loop in alone], reps)
+    def one_by_one() -> None:
+        for loop in alone: loop()
+    return _row("ladder/" + "+".join(map(str, SIZES)), together, one_by_one, reps)
+
+
+CASES = {"topk/4096": 0.0, "topk/16384": 0.0, "batchtopk/4096": 0.0, "batchtopk/16384": 0.0, "l1/4096": 0.0,
+         "topk/4096+aux10": 0.1, "topk/16384+aux10": 0.1}  # case -> share of dead latents
 
 
 def rows(
@@ -110,9 +124,9 @@ def rows(
         toy = sparse_mixture(n_features=2048, d=D_IN, active=K, seed=0)
         source = TensorSource(toy.sample(8 * BATCH, seed=0)[0], batch=BATCH, epochs=100_000)
         bounds, made = {size: dense(size) for size in SIZES[1:]}, []
-        for case, dead in {"topk/4096": 0, "topk/16384": 0, "batchtopk/4096": 0, "batchtopk/16384": 0, "l1/4096": 0,
-                           "topk/4096+aux10": 0.1, "topk/16384+aux10": 0.1}.items():
+        for case, dead in CASES.items():
             kind, size = case.removesuffix("+aux10").split("/")
-            loop = Loop({kind: _coder(kind, int(size), source)}, source, dead)
+            loop = Loop({kind: _coder(kind, int(size))}, source, dead)
+            if kind == "l1": _sparsify(loop)
             made.append(_row(case, loop, bounds[int(size)], reps))
         return [*made, _ladder(source, reps)]

@@ -86,14 +86,26 @@ class _Worker:
         if not self.done.is_set(): return "paused" if self.turns.paused else "running"
         return "finished" if any(isinstance(e, Finished) for e in self.events) else "stopped"
 
-# %% ../../nbs/04_training/07_background.ipynb #cdcc4f4d
+# %% ../../nbs/04_training/07_background.ipynb #ba969003
+def _card(work: _Worker) -> str:
+    run, last = work.run, next((e for e in reversed(work.events) if isinstance(e, Step)), None)
+    facts = {"status": work.status, "step": f"{run.step:,} of {run.steps:,}",
+             "tokens": f"{run.tokens:,} of {run.goal:,}"}
+    if work.error is not None: facts["error"] = f"{type(work.error).__name__}: {work.error}"
+    shown = {"loss": "loss", "fvu": "FVU", "l0": "L0", "dead": "dead"}
+    coders = [{"coder": name, **{shown[k]: v for k, v in losses.items() if k in shown}}
+              for name, losses in (last.losses.items() if last else ())]
+    about = table([{"training": key, "": value} for key, value in facts.items()])
+    return about + (table(coders) if coders else "")
+
+# %% ../../nbs/04_training/07_background.ipynb #25630f32
 class Background(_Worker):
     "Training in a thread of its own; ask it anything while it runs."
     def start(self) -> "Background":
         "Begin; raises InputError when it began before."
         if self.thread.ident is not None:
-            raise InputError(f"it began before and is {self.status}", "a new one",
-                             "make another Background; with the same folder it goes on where this one ended")
+            raise InputError(f"it began before and is {self.status}", "a new one", "make another "
+                             "Background; with the same folder it goes on where this one ended")
         self.thread.start()
         return self
 
@@ -122,7 +134,7 @@ class Background(_Worker):
         return self.run.given
 
     def snapshot(self, name: str | None = None) -> AbstractCoder:
-        "A copy of a coder as it stands, in model units; the name may be left out where there is one coder."
+        "A copy of a coder as it stands, in model units; no name is needed where there is one coder."
         if name is None and len(self.run.given) > 1:
             raise InputError("no name", f"one of {', '.join(self.run.given)}", "say which coder")
         with self.turns.between(): return result(self.run, name or next(iter(self.run.given)))
@@ -133,12 +145,3 @@ class Background(_Worker):
         return [event.record for event in list(self.events) if isinstance(event, Step)]
 
     def _repr_html_(self) -> str: return _card(self)
-
-def _card(work: _Worker) -> str:
-    run, last = work.run, next((e for e in reversed(work.events) if isinstance(e, Step)), None)
-    facts = {"status": work.status, "step": f"{run.step:,} of {run.steps:,}", "tokens": f"{run.tokens:,} of {run.goal:,}"}
-    if work.error is not None: facts["error"] = f"{type(work.error).__name__}: {work.error}"
-    shown = {"loss": "loss", "fvu": "FVU", "l0": "L0", "dead": "dead"}
-    coders = [{"coder": name, **{shown[k]: v for k, v in losses.items() if k in shown}}
-              for name, losses in (last.losses.items() if last else ())]
-    return table([{"training": key, "": value} for key, value in facts.items()]) + (table(coders) if coders else "")

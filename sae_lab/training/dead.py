@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-# %% ../../nbs/04_training/02_dead.ipynb #d8927a66
+# %% ../../nbs/04_training/02_dead.ipynb #9f79516f
 class Firing:
     "Tokens since each latent fired, and firing counts over the last one to two windows."
     def __init__(self,
@@ -20,7 +20,8 @@ class Firing:
                  window: int,                              # tokens of silence after which a latent is dead
                  device: str | torch.device = "cpu"):      # where the counters live
         self.window = window
-        self.since, self.recent, self.before = (torch.zeros(d_sae, dtype=torch.long, device=device) for _ in range(3))
+        self.since = torch.zeros(d_sae, dtype=torch.long, device=device)  # tokens
+        self.recent, self.before = self.since.clone(), self.since.clone()
         self.seen = torch.zeros(2, dtype=torch.long)  # tokens in the bucket being filled, and in the one before
 
     @property
@@ -34,9 +35,7 @@ class Firing:
         return self.recent + self.before
 
     @property
-    def tokens(self) -> int:
-        "Tokens that `counts` covers."
-        return int(self.seen.sum())
+    def tokens(self) -> int: return int(self.seen.sum())
 
     def update(self,
                counts: Int[Tensor, "d_sae"],  # tokens of the batch on which each latent fires
@@ -54,8 +53,6 @@ class Firing:
         "The live counters, by name."
         return {"since": self.since, "recent": self.recent, "before": self.before, "seen": self.seen}
 
-    def load_(self,
-              tensors: Mapping[str, Tensor],  # what `tensors` gave
-              ) -> None:
-        "Put saved counters back."
+    def load_(self, tensors: Mapping[str, Tensor]) -> None:
+        "Put back what `tensors` gave."
         for name, own in self.tensors().items(): own.copy_(tensors[name])

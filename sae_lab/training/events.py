@@ -45,19 +45,19 @@ class Finished(Event):
     "The run is over."
     coders: dict = field(default_factory=dict)  # name -> coder in model units, its spec filled
 
-# %% ../../nbs/04_training/00_events.ipynb #c117db18
+# %% ../../nbs/04_training/00_events.ipynb #b87814a0
 @dataclass(frozen=True)
 class Step(Event):
     "A step is whole and was measured."
-    losses: dict[str, dict[str, float]] = field(default_factory=dict)   # coder -> quantity -> value
-    density: dict[str, list[int]] = field(default_factory=dict)         # coder -> latents per bin of log10 density
-    activation: dict[str, list[int]] = field(default_factory=dict)      # coder -> codes per bin of log10 activation
-    seconds: float = 0.0                                                # since the run (or its last resumption) began
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)  # coder -> quantity -> value
+    density: dict[str, list[int]] = field(default_factory=dict)     # coder -> latents by log10 density
+    activation: dict[str, list[int]] = field(default_factory=dict)  # coder -> codes by log10 activation
+    seconds: float = 0.0  # since the run (or its last resumption) began
 
     @property
     def record(self) -> dict:
         "One row for a table: step, tokens, seconds, and each coder's quantities under its name."
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, **self.losses}
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds} | self.losses
 
 # %% ../../nbs/04_training/00_events.ipynb #faa14db0
 DENSITY_EDGES = tuple(-7 + i / 4 for i in range(29))       # log10 of a share of tokens
@@ -75,14 +75,14 @@ def density_histogram(counts: Int[Tensor, "d_sae"],  # tokens on which each late
     fired = counts[counts > 0]
     return [counts.numel() - fired.numel(), *_log_bins(fired.double() / max(tokens, 1), DENSITY_EDGES)]
 
-# %% ../../nbs/04_training/00_events.ipynb #96981103
-def activation_histogram(values: Float[Tensor, "nnz"],  # non-zero activations, in units `scale` times the model's
-                         scale: float = 1.0,            # what the data was multiplied by
-                         ) -> list[int]:                # codes per bin of ACTIVATION_EDGES; the ends are open
+# %% ../../nbs/04_training/00_events.ipynb #040a1b38
+def activation_histogram(values: Float[Tensor, "nnz"],  # non-zero activations, training units
+                         scale: float = 1.0,            # training units per model unit
+                         ) -> list[int]:                # codes per bin of ACTIVATION_EDGES; open ends
     "Histogram of log10 of activations' magnitude, in model units."
     return _log_bins(values.abs() / scale, ACTIVATION_EDGES)
 
-# %% ../../nbs/04_training/00_events.ipynb #3917a273
+# %% ../../nbs/04_training/00_events.ipynb #1367f7df
 def _plain(value: object) -> object:
     if isinstance(value, float): return value if math.isfinite(value) else None
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
@@ -94,4 +94,4 @@ def to_json(event: Event,  # any event
     kind = {"event": type(event).__name__.lower()}
     if isinstance(event, Finished):
         return {**kind, "step": event.step, "tokens": event.tokens, "coders": list(event.coders)}
-    return {**kind, **_plain(asdict(event))}
+    return kind | {key: _plain(value) for key, value in asdict(event).items()}

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['read_log', 'save', 'events', 'settings_of', 'fit', 'train']
 
-# %% ../../nbs/04_training/06_fit.ipynb #ed87c109
+# %% ../../nbs/04_training/06_fit.ipynb #6a171dc4
 import inspect
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
@@ -24,10 +24,11 @@ from ..ground.files import atomic
 from ..sources.stream import Batch, Source
 from .checkpoint import Checkpoint, drop_checkpoints, last_checkpoint, write_checkpoint
 from .events import Event, Finished, Interrupted, Saved, Started, Step, Tick, to_json
-from .run import Coders, Run, about, advance, begin, fresh_batches, report, result, versions
+from .run import Coders, Run, about, advance, begin, fresh_batches, report
+from .run import result, versions
 from .step import load_state_, state
 
-# %% ../../nbs/04_training/06_fit.ipynb #41ea9c0a
+# %% ../../nbs/04_training/06_fit.ipynb #43e41c43
 def _log(run: Run, event: Event) -> Event:
     if run.folder and not isinstance(event, Tick):
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -50,16 +51,19 @@ def _trim_log(run: Run) -> None:
     with atomic(run.folder / "log.jsonl") as part:
         part.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
 
-def save(run: Run,    # between steps
-         ) -> Saved:  # where the checkpoint lies
+def save(run: Run,            # between steps
+         folder: str | Path,  # of the run
+         ) -> Saved:          # where the checkpoint lies
     "Write a checkpoint."
-    facts = {"about": about(run), "versions": versions(), "tokens": run.tokens, "tail": list(run.tail),
-             "scales": {name: [t.scale_in, t.scale_out] for name, t in run.trainees.items()}}
+    scales = {name: [t.scale_in, t.scale_out] for name, t in run.trainees.items()}
+    facts = {"about": about(run), "versions": versions(), "tokens": run.tokens,
+             "tail": list(run.tail), "scales": scales}
     run.saved = run.step   # once is enough, also when it fails
-    path = write_checkpoint(run.folder, run.step, {n: state(t) for n, t in run.trainees.items()}, facts, run.keep)
+    tensors = {name: state(t) for name, t in run.trainees.items()}
+    path = write_checkpoint(folder, run.step, tensors, facts, run.keep)
     return Saved(run.step, run.tokens, str(path))
 
-# %% ../../nbs/04_training/06_fit.ipynb #eea3ff0f
+# %% ../../nbs/04_training/06_fit.ipynb #96103af5
 def _scale_again(scale: float | list) -> Scale:
     return tuple(scale) if isinstance(scale, list) else scale
 
@@ -67,8 +71,9 @@ def _check_same(run: Run, saved: dict) -> None:
     mine = about(run)
     changed = [key for key in mine if mine[key] != saved.get(key)]
     if changed:
-        raise InputError(f"{run.folder} holds another run: {', '.join(changed)} differ", "the run it was made for",
-                         "choose another folder, or resume=False to start anew", changed=changed)
+        raise InputError(f"{run.folder} holds another run: {', '.join(changed)} differ",
+                         "the run it was made for", "choose another folder, or resume=False to "
+                         "start anew", changed=changed)
 
 def _restore(run: Run, saved: Checkpoint) -> Iterator[Batch]:
     "Put a checkpoint back; the batches that follow it."
@@ -89,7 +94,7 @@ def _start(run: Run) -> Iterator[Batch]:
     run.began = time.perf_counter()
     return islice(batches, run.steps - run.step)
 
-# %% ../../nbs/04_training/06_fit.ipynb #4fcea338
+# %% ../../nbs/04_training/06_fit.ipynb #86921714
 def _deliver(run: Run) -> dict[str, AbstractCoder]:
     for name, coder in run.given.items():
         final = result(run, name)
@@ -102,12 +107,12 @@ def _leave(run: Run, why: BaseException | None) -> None:
     if not run.whole or run.step == 0: return
     _deliver(run)
     if run.folder is None: return
-    if run.saved != run.step: _log(run, save(run))
+    if run.saved != run.step: _log(run, save(run, run.folder))
     reason = f"{type(why).__name__}: {why}".rstrip(": ") if why else "closed"
     _log(run, Interrupted(run.step, run.tokens, "closed" if isinstance(why, GeneratorExit) else reason))
 
 def events(run: Run,              # from `begin`
-           ) -> Iterator[Event]:  # Started, a Tick or Step each step, Saved now and then, Finished
+           ) -> Generator[Event, None, None]:  # Started, Tick or Step each step, Saved, Finished
     "Run it; raises NumericError on a bad batch, DamagedFile when no checkpoint is whole."
     pool, over = ThreadPoolExecutor(1, "sae_lab.training"), False
     try:
@@ -118,7 +123,7 @@ def events(run: Run,              # from `begin`
             advance(run, batch, pool)
             yield _log(run, report(run))
             due = run.step == run.steps or run.tokens // run.every > before // run.every
-            if run.folder and due: yield _log(run, save(run))
+            if run.folder and due: yield _log(run, save(run, run.folder))
         _check_over(run)
         over = True
         yield _log(run, Finished(run.step, run.tokens, _deliver(run)))
@@ -142,19 +147,19 @@ def settings_of(function: Callable,  # whose keyword-only parameters are handed 
         return other
     return wrap
 
-# %% ../../nbs/04_training/06_fit.ipynb #9657429d
+# %% ../../nbs/04_training/06_fit.ipynb #17d2b482
 @settings_of(begin)
 def fit(coders: Coders,         # one, several, or several by name; they hold the result when the run ends
         source: Source,         # batches of activations
-        **settings,             # as in `begin`: recipes, tokens, seed, folder, every, keep, resume, metrics_every
-        ) -> Iterator[Event]:   # Started, a Tick or Step each step, Saved now and then, Finished
+        **settings,             # as in `begin`: recipes, tokens, seed, folder, every, keep, resume...
+        ) -> Generator[Event, None, None]:  # Started, Tick or Step each step, Saved, Finished
     "Train coders on a source, event by event."
     return events(begin(coders, source, **settings))
 
-# %% ../../nbs/04_training/06_fit.ipynb #33b53b32
+# %% ../../nbs/04_training/06_fit.ipynb #3d644392
 def _short(event: Step) -> dict[str, str]:
-    return {name: f"{'fvu' if 'fvu' in x else 'loss'} {x.get('fvu', x['loss']):.3f}, L0 {x['l0']:.0f}, "
-                  f"dead {x['dead']:.0%}" for name, x in event.losses.items()}
+    return {name: f"{'fvu' if 'fvu' in x else 'loss'} {x.get('fvu', x['loss']):.3f}, "
+                  f"L0 {x['l0']:.0f}, dead {x['dead']:.0%}" for name, x in event.losses.items()}
 
 @settings_of(begin)
 def train(coders: Coders,                   # one, several, or several by name
@@ -164,7 +169,8 @@ def train(coders: Coders,                   # one, several, or several by name
           ) -> dict[str, AbstractCoder]:    # the same coders by name, trained, in model units
     "Train coders on a source."
     run = begin(coders, source, **settings)
-    with closing(events(run)) as happening, tqdm(total=run.goal, unit="tok", disable=not progress) as bar:
+    bar = tqdm(total=run.goal, unit="tok", unit_scale=True, disable=not progress)
+    with bar, closing(events(run)) as happening:
         for event in happening:
             bar.update(event.tokens - bar.n)
             if isinstance(event, Step): bar.set_postfix(_short(event), refresh=False)

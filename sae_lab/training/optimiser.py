@@ -50,10 +50,10 @@ def unit_rows_(rows: Float[Tensor, "d_sae d_out"],      # decoder rows, changed 
         row.div_(torch.linalg.vector_norm(row, dim=1, keepdim=True).clamp_(min=1e-12))
     return rows
 
-# %% ../../nbs/04_training/01_optimiser.ipynb #54278a82
+# %% ../../nbs/04_training/01_optimiser.ipynb #ee2dd119
 @torch.no_grad()
 def gradient_norm(grads: Iterable[Tensor],  # gradients of one coder
-                  ) -> float:               # Euclidean norm of all of them together; NaN or inf tells of a bad batch
+                  ) -> float:               # Euclidean, of all together; NaN or inf after a bad batch
     "Norm of the whole gradient."
     norms = [torch.linalg.vector_norm(g) for g in grads]
     return torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
@@ -67,20 +67,21 @@ def clip_(grads: Iterable[Tensor],  # gradients, changed in place
     if limit is not None and norm > limit:
         torch._foreach_mul_(list(grads), limit / (norm + 1e-6))
 
-# %% ../../nbs/04_training/01_optimiser.ipynb #c44a9cfa
+# %% ../../nbs/04_training/01_optimiser.ipynb #c1b23f4b
 def adam(parameters: Mapping[str, Tensor],  # parameters to train, by name
          lr: float,                         # learning rate at the plateau
          betas: tuple[float, float] = (0.9, 0.999),  # decay of the two moments
          eps: float = 1e-8,                 # added to the root of the second moment
          ) -> torch.optim.Adam:
     "Fused Adam over named parameters."
-    return torch.optim.Adam(list(parameters.values()), lr=lr, betas=tuple(betas), eps=eps, fused=True)
+    return torch.optim.Adam(list(parameters.values()), lr=lr, betas=betas, eps=eps, fused=True)
 
 def adam_tensors(optimiser: torch.optim.Adam,       # an optimiser made by `adam`
                  parameters: Mapping[str, Tensor],  # the same parameters
                  ) -> dict[str, Tensor]:            # "<parameter>:<state>" -> tensor, the live ones
     "The optimiser's state as named tensors."
-    return {f"{name}:{key}": value for name, p in parameters.items() for key, value in optimiser.state[p].items()}
+    return {f"{name}:{key}": value for name, p in parameters.items()
+            for key, value in optimiser.state[p].items()}
 
 # %% ../../nbs/04_training/01_optimiser.ipynb #ad281cf4
 def load_adam_(optimiser: torch.optim.Adam,       # an optimiser made by `adam`, changed in place

@@ -6,14 +6,16 @@
 __all__ = ['Coders', 'Recipes', 'named', 'Run', 'about', 'versions', 'begin', 'geometric_median', 'fresh_batches', 'advance',
            'report', 'result']
 
-# %% ../../nbs/04_training/05_run.ipynb #e7db7e27
+# %% ../../nbs/04_training/05_run.ipynb #801aac69
 import json
+import math
 import platform
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 
@@ -21,16 +23,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import sae_lab
 from ..coders.contract import AbstractCoder, Hints, Recipe, Scale, coders as kinds
 from ..ground.errors import InputError, unknown
 from ..ground.kernels import Pool
 from ..sources.stream import Batch, Source
 from .events import Step, Tick, activation_histogram, density_histogram, to_json
 from .optimiser import schedule
-from .step import Outcome, Trainee, check_batch, enrol, folded, gradients, rows, update_
+from .step import Outcome, Trainee, check_batch, enrol, folded, gradients
+from .step import rows, update_
 
-# %% ../../nbs/04_training/05_run.ipynb #670b88d8
+# %% ../../nbs/04_training/05_run.ipynb #27f8df7a
 Coders = AbstractCoder | Sequence[AbstractCoder] | Mapping[str, AbstractCoder]
 Recipes = Recipe | Mapping[str, Recipe] | None
 _TAKEN = ("step", "tokens", "seconds", "event")
@@ -43,20 +45,21 @@ def named(coders: Coders,                    # one, several, or several by name
         plain = [f"{coder.spec.kind}-{coder.d_sae}" for coder in coders]
         names = [f"{name}-{i}" if plain.count(name) > 1 else name for i, name in enumerate(plain)]
         coders = dict(zip(names, coders))
-    if not coders: raise InputError("no coder", "at least one", "make one: make('topk', d_in=..., d_sae=...)")
-    for name in coders:
-        if name in _TAKEN: raise InputError(f"a coder called {name!r}", f"a name other than {_TAKEN}", "rename it")
+    if not coders: raise InputError("no coder", "at least one", "make one with make('topk', ...)")
+    if taken := [name for name in coders if name in _TAKEN]:
+        raise InputError(f"a coder called {taken[0]!r}", f"a name other than {_TAKEN}", "rename it")
     return dict(coders)
 
 def _recipe(name: str, coder: AbstractCoder, recipes: Recipes) -> Recipe:
     if isinstance(recipes, Recipe): return recipes
     found = (recipes or {}).get(name) or kinds[coder.spec.kind].meta.get("recipe")
     if found is None:
-        raise InputError(f"coder {name!r} of the kind {coder.spec.kind!r} has no recipe", "a kind that is trained",
-                         "pass recipes={name: Recipe(...)}, or use it as it is: it is a control", name=name)
+        raise InputError(f"coder {name!r} of the kind {coder.spec.kind!r} has no recipe",
+                         "a kind that is trained", "pass recipes={name: Recipe(...)}, or use it as "
+                         "it is: it is a control", name=name)
     return found
 
-# %% ../../nbs/04_training/05_run.ipynb #9e70505d
+# %% ../../nbs/04_training/05_run.ipynb #26d875e4
 @dataclass
 class Run:
     "Coders in training on one source, and where they stand."
@@ -76,32 +79,33 @@ class Run:
     whole: bool = True                      # False while weights change
     saved: int = -1                         # step of the last checkpoint
     began: float = field(default_factory=time.perf_counter)
-    tail: deque = field(default_factory=lambda: deque(maxlen=50))   # last measurements, as JSON
-    outcomes: dict[str, Outcome] = field(default_factory=dict)      # of the last step
-
-    pool: Pool = field(default_factory=Pool)                        # memory for large tensors, reused
+    tail: deque = field(default_factory=lambda: deque(maxlen=50))  # last measurements, as JSON
+    outcomes: dict[str, Outcome] = field(default_factory=dict)     # of the last step
+    pool: Pool = field(default_factory=Pool)                       # memory for large tensors, reused
 
     @property
     def hooks(self) -> list[str]:
         "Hooks that some coder uses."
-        return sorted({hook for t in self.trainees.values() for hook in (*t.hooks_in, *t.hooks_out)})
+        return sorted({h for t in self.trainees.values() for h in (*t.hooks_in, *t.hooks_out)})
 
-# %% ../../nbs/04_training/05_run.ipynb #935dea88
+# %% ../../nbs/04_training/05_run.ipynb #d276a720
 def about(run: Run,       # from `begin`
           ) -> dict:      # JSON values
     "Description of a run: equal descriptions, equal bits (on one machine)."
-    coders = {name: {"kind": t.coder.spec.kind, "args": t.coder.spec.args, "hooks_in": list(t.hooks_in),
-                     "hooks_out": list(t.hooks_out), "recipe": t.recipe.to_json()}
+    coders = {name: {"kind": t.coder.spec.kind, "args": t.coder.spec.args, "hooks_in": t.hooks_in,
+                     "hooks_out": t.hooks_out, "recipe": t.recipe.to_json()}
               for name, t in run.trainees.items()}
-    return json.loads(json.dumps({"coders": coders, "source": run.source.identity, "tokens": run.goal,
-                                  "steps": run.steps, "batch": run.source.batch_size, "seed": run.seed}))
+    facts = {"coders": coders, "source": run.source.identity, "tokens": run.goal,
+             "steps": run.steps, "batch": run.source.batch_size, "seed": run.seed}
+    return json.loads(json.dumps(facts))
 
 def versions() -> dict[str, str | int]:  # JSON-able
     "What computed it."
-    return {"sae_lab": sae_lab.__version__, "torch": torch.__version__, "python": platform.python_version(),
-            "threads": torch.get_num_threads(), "machine": platform.machine()}
+    return {"sae_lab": version("sae_lab"), "torch": version("torch"),
+            "python": platform.python_version(), "threads": torch.get_num_threads(),
+            "machine": platform.machine()}
 
-# %% ../../nbs/04_training/05_run.ipynb #c0095934
+# %% ../../nbs/04_training/05_run.ipynb #0bd5329c
 def _length(source: Source, tokens: int | None) -> tuple[int, int]:
     if tokens is not None and not 0 < tokens <= source.n_tokens:
         raise InputError(f"tokens={tokens}", f"between 1 and the {source.n_tokens} that the source holds",
@@ -112,13 +116,13 @@ def _length(source: Source, tokens: int | None) -> tuple[int, int]:
 
 def begin(coders: Coders,                    # one, several, or several by name; in training they are copied
           source: Source,                    # batches of activations
-          *, recipes: Recipes = None,        # one for all, or by name; None: what their kinds are registered with
-          tokens: int | None = None,         # length of the run, rounded up to batches; None: the whole source
+          *, recipes: Recipes = None,        # one for all, or by name; None: those of their kinds
+          tokens: int | None = None,         # length, rounded up to batches; None: the whole source
           seed: int = 0,                     # handed to objectives
           folder: str | Path | None = None,  # where log and checkpoints go; None: nowhere
           every: float = 0.2,                # between checkpoints: below 1 a share of the run, else tokens
           keep: int = 2,                     # checkpoints to keep
-          resume: bool = True,               # go on from the folder's last good checkpoint; False: start anew
+          resume: bool = True,               # go on from the last good checkpoint; False: start anew
           metrics_every: int = 10,           # steps between measurements
           ) -> Run:                          # ready; nothing is computed yet
     "Check the arguments of a run; raises InputError, ShapeError or UnknownName."
@@ -128,12 +132,13 @@ def begin(coders: Coders,                    # one, several, or several by name;
         for name in recipes:
             if name not in given: raise unknown("coder of this run", name, given)
     if every <= 0 or keep < 1 or metrics_every < 1:
-        raise InputError(f"every={every}, keep={keep}, metrics_every={metrics_every}", "numbers above 0", "mend the call")
+        raise InputError(f"every={every}, keep={keep}, metrics_every={metrics_every}",
+                         "numbers above 0", "mend the call")
     trainees = {name: enrol(name, coder, _recipe(name, coder, recipes), source.widths, goal)
                 for name, coder in given.items()}
-    folder = None if folder is None else Path(folder)
-    return Run(trainees, given, source, steps, goal, int(every * goal if every < 1 else every) or 1, seed,
-               folder, keep, resume, metrics_every)
+    between = max(1, int(every * goal if every < 1 else every))
+    return Run(trainees, given, source, steps, goal, between, seed,
+               None if folder is None else Path(folder), keep, resume, metrics_every)
 
 # %% ../../nbs/04_training/05_run.ipynb #dffdca4b
 def geometric_median(x: Float[Tensor, "n d_out"],     # rows
@@ -148,7 +153,7 @@ def geometric_median(x: Float[Tensor, "n d_out"],     # rows
         centre = after
     return centre
 
-# %% ../../nbs/04_training/05_run.ipynb #53070cae
+# %% ../../nbs/04_training/05_run.ipynb #cde68f5b
 def _scale(hooks: Sequence[str], norms: dict) -> Scale:
     factors = tuple(float(norms[hook][1]) for hook in hooks)
     return factors[0] if len(factors) == 1 else factors
@@ -156,7 +161,8 @@ def _scale(hooks: Sequence[str], norms: dict) -> Scale:
 def _set_scales(run: Run) -> None:
     wanted = [t for t in run.trainees.values() if t.recipe.scale]
     norms = run.source.norms() if wanted else {}
-    for t in wanted: t.scale_in, t.scale_out = _scale(t.hooks_in, norms), _scale(t.hooks_out, norms)
+    for t in wanted:
+        t.scale_in, t.scale_out = _scale(t.hooks_in, norms), _scale(t.hooks_out, norms)
 
 @torch.no_grad()
 def _set_centres(run: Run, head: list[Batch]) -> None:
@@ -176,7 +182,7 @@ def fresh_batches(run: Run,                   # from `begin`; scales and centres
     _set_centres(run, head)
     return chain(head, batches)
 
-# %% ../../nbs/04_training/05_run.ipynb #955c276b
+# %% ../../nbs/04_training/05_run.ipynb #1e8da4a3
 def _gradients(run: Run, batch: Batch) -> dict[str, Outcome]:
     check_batch(batch, run.hooks, run.step)
     made, outcomes = {}, {}
@@ -187,13 +193,14 @@ def _gradients(run: Run, batch: Batch) -> dict[str, Outcome]:
         for key in keys:
             if key not in made: made[key] = rows(batch, key[0], key[1], like)
         hints = Hints(t.firing.dead, run.step, run.steps, run.seed, run.pool)
-        outcomes[name] = gradients(t, made[keys[0]], made[keys[1]], hints)
+        outcomes[name] = gradients(t, made[keys[0]], made[keys[1]], hints, batch.doc)
     return outcomes
 
 def _update(run: Run, n: int) -> None:
     run.whole = False
     for name, t in run.trainees.items():
-        update_(t, run.outcomes[name], schedule(run.step, run.steps, t.recipe.warmup, t.recipe.decay))
+        factor = schedule(run.step, run.steps, t.recipe.warmup, t.recipe.decay)
+        update_(t, run.outcomes[name], factor)
     run.step, run.tokens, run.whole = run.step + 1, run.tokens + n, True
 
 def advance(run: Run,                  # changed in place: every coder takes one step, or none does
@@ -208,22 +215,25 @@ def advance(run: Run,                  # changed in place: every coder takes one
         wait([update])
         raise
 
-# %% ../../nbs/04_training/05_run.ipynb #13ea2732
+# %% ../../nbs/04_training/05_run.ipynb #4d52718c
 def _losses(run: Run, name: str) -> dict[str, float]:
     t, outcome = run.trainees[name], run.outcomes[name]
-    return {**outcome.numbers, "dead": float(t.firing.dead.float().mean()), "lr": t.optimiser.param_groups[0]["lr"]}
+    return {**outcome.numbers, "dead": float(t.firing.dead.float().mean()),
+            "lr": float(t.optimiser.param_groups[0]["lr"])}
 
 def _activations(t: Trainee, outcome: Outcome) -> list[int]:
-    scale = t.scale_out if isinstance(t.scale_out, float) else sum(t.scale_out) / len(t.scale_out)
-    return activation_histogram(outcome.loss.codes.flat()[2], scale if t.coder.homogeneous else 1.0)
+    scales = t.scale_out if isinstance(t.scale_out, tuple) else (t.scale_out,)
+    unit = math.prod(scales) ** (1 / len(scales)) if t.coder.homogeneous else 1.0
+    return activation_histogram(outcome.loss.codes.flat()[2], unit)
 
 def report(run: Run,             # after a step
            ) -> Tick | Step:     # a Step every `metrics_every` steps and at the end
     "The event of the step just done."
     if run.step % run.metrics_every and run.step < run.steps: return Tick(run.step, run.tokens)
+    all_ = run.trainees.items()
     event = Step(run.step, run.tokens, {name: _losses(run, name) for name in run.trainees},
-                 {name: density_histogram(t.firing.counts, t.firing.tokens) for name, t in run.trainees.items()},
-                 {name: _activations(t, run.outcomes[name]) for name, t in run.trainees.items()},
+                 {name: density_histogram(t.firing.counts, t.firing.tokens) for name, t in all_},
+                 {name: _activations(t, run.outcomes[name]) for name, t in all_},
                  round(time.perf_counter() - run.began, 3))
     run.tail.append(to_json(event))
     return event

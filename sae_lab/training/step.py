@@ -33,7 +33,9 @@ def rows(batch: Batch,                         # activations by hook
     factor = spread(scale, tuple(batch.acts[hook].shape[1] for hook in hooks), x.shape[1])
     return x * (factor.to(x) if isinstance(factor, Tensor) else factor)
 
-# %% ../../nbs/04_training/04_step.ipynb #72711420
+# %% ../../nbs/04_training/04_step.ipynb #55d2f13a
+_KEPT = "documents; a run with a folder keeps a checkpoint from before this batch"
+
 def _documents(docs: Tensor) -> str:
     ids = docs.unique().tolist()
     return f"documents {ids[:8]}" + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
@@ -48,10 +50,10 @@ def check_batch(batch: Batch,           # activations by hook, and their documen
         bad = ~torch.isfinite(batch.acts[hook]).all(1)
         if not bool(bad.any()): continue
         where = _documents(batch.doc[bad.to(batch.doc.device)])
-        raise NumericError(f"{int(bad.sum())} of {len(bad)} rows of batch {index} at {hook} hold NaN or "
-                           f"infinity, in {where}", "finite activations",
-                           "look at these documents; a checkpoint from before this batch is kept",
-                           what="data", batch=index, hook=hook, coder=None, rows=bad.nonzero()[:, 0].tolist())
+        found = f"{int(bad.sum())} of {len(bad)} rows of batch {index} at {hook} hold NaN or infinity"
+        raise NumericError(f"{found}, in {where}", "finite activations", f"look at these {_KEPT}",
+                           what="data", batch=index, hook=hook, coder=None,
+                           rows=bad.nonzero()[:, 0].tolist())
 
 # %% ../../nbs/04_training/04_step.ipynb #63f25fdc
 @dataclass
@@ -80,8 +82,9 @@ class Trainee:
         "Gradients that there are."
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
-# %% ../../nbs/04_training/04_step.ipynb #401d0e83
-def _hooks(wanted: Sequence[str], widths: dict[str, int], width: int, name: str, verb: str) -> tuple[str, ...]:
+# %% ../../nbs/04_training/04_step.ipynb #949c59f5
+def _hooks(wanted: Sequence[str], widths: dict[str, int], width: int, name: str, verb: str
+           ) -> tuple[str, ...]:
     hooks = tuple(wanted) or tuple(widths)
     for hook in hooks:
         if hook not in widths: raise unknown("hook of the source", hook, widths)
@@ -107,9 +110,10 @@ def enrol(name: str,                  # its name in the run
                                 widths_in=tuple(widths[h] for h in hooks_in),
                                 widths_out=tuple(widths[h] for h in hooks_out))
     firing = Firing(coder.d_sae, recipe.dead_window(tokens), coder.W_dec.device)
-    return Trainee(name, work.train().requires_grad_(True), recipe, hooks_in, hooks_out, firing, not spec.provenance)
+    work = work.train().requires_grad_(True)
+    return Trainee(name, work, recipe, hooks_in, hooks_out, firing, not spec.provenance)
 
-# %% ../../nbs/04_training/04_step.ipynb #afce87a0
+# %% ../../nbs/04_training/04_step.ipynb #c55b3834
 @dataclass(frozen=True)
 class Outcome:
     "What the first half of a step found."
@@ -125,27 +129,30 @@ class Outcome:
         return {"loss": float(self.loss.total.detach()), **parts,
                 "l0": float(self.counts.sum()) / self.n, "grad_norm": self.norm}
 
-def _judge(value: float, what: str, name: str, index: int) -> None:
+def _judge(value: float, what: str, name: str, index: int, docs: Tensor) -> None:
     if math.isfinite(value): return
-    raise NumericError(f"the {what} of coder {name!r} is {value} at batch {index}, though its data are finite",
-                       "a finite number", "lower the learning rate or look at the objective; a checkpoint from "
-                       "before this batch is kept", what=what, coder=name, batch=index)
+    found = f"the {what} of coder {name!r} is {value} at batch {index}, though its data are finite"
+    raise NumericError(f"{found}, in {_documents(docs)}", "a finite number",
+                       f"lower the learning rate, or look at the objective and these {_KEPT}",
+                       what=what, coder=name, batch=index)
 
 def gradients(trainee: Trainee,              # its .grad is set, nothing else changes
               x: Float[Tensor, "n d_in"],    # what it reads, training units
               y: Float[Tensor, "n d_out"],   # what it is to write, training units
               hints: Hints,                  # step and dead latents
+              docs: Int[Tensor, "n"],        # document of each row, to name in an error
               ) -> Outcome:
     "Forward and backward; raises NumericError when loss or gradient is not finite."
     recipe, W_dec = trainee.recipe, trainee.coder.W_dec
     trainee.optimiser.zero_grad(set_to_none=True)
     with torch.enable_grad():
         loss = recipe.objective(trainee.coder, x, y, hints)
-        _judge(loss.total.item(), "loss", trainee.name, hints.step)
+        _judge(loss.total.item(), "loss", trainee.name, hints.step, docs)
         loss.total.backward()
-    if recipe.unit_norm and W_dec.grad is not None: remove_parallel_(W_dec.grad, W_dec.detach())
+    if recipe.unit_norm and W_dec.grad is not None:
+        remove_parallel_(W_dec.grad, W_dec.detach())
     norm = gradient_norm(trainee.grads)
-    _judge(norm, "gradient", trainee.name, hints.step)
+    _judge(norm, "gradient", trainee.name, hints.step, docs)
     loss = Loss(loss.total.detach(), loss.parts, loss.codes.detach(), loss.updates)
     return Outcome(loss, loss.codes.counts(), norm, len(x))
 
@@ -166,7 +173,7 @@ def update_(trainee: Trainee,   # changed in place
     for name, value in outcome.loss.updates.items(): buffers[name].copy_(value)
     trainee.firing.update(outcome.counts, outcome.n)
 
-# %% ../../nbs/04_training/04_step.ipynb #4e0f1f93
+# %% ../../nbs/04_training/04_step.ipynb #50700520
 def folded(trainee: Trainee,     # unchanged
            **facts: object,      # fields of its spec: subject, provenance
            ) -> AbstractCoder:   # a copy in model units, in inference mode
@@ -188,8 +195,10 @@ def load_state_(trainee: Trainee,              # changed in place
                 tensors: dict[str, Tensor],    # what `state` gave
                 ) -> None:
     "Put saved state back."
-    parts = {kind: {k.removeprefix(f"{kind}/"): v for k, v in tensors.items() if k.startswith(f"{kind}/")}
-             for kind in ("coder", "adam", "firing")}
+    parts: dict[str, dict[str, Tensor]] = {"coder": {}, "adam": {}, "firing": {}}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        parts[kind][name] = value
     trainee.coder.load_state_dict(parts["coder"])
     load_adam_(trainee.optimiser, trainee.parameters, parts["adam"])
     trainee.firing.load_(parts["firing"])

@@ -16,13 +16,12 @@ torch.set_num_threads(1)
 from sae_lab.coders.contract import make
 from sae_lab.ground.toy import sparse_mixture
 from sae_lab.sources.stream import TensorSource
-from sae_lab.training.events import Saved, Started
 from sae_lab.training.fit import fit
 data = sparse_mixture(n_features=64, d=32, active=3, seed=0).sample(int(sys.argv[2]), seed=1)[0]
 coders = {"topk": make("topk", d_in=32, d_sae=256, k=3), "batch": make("batchtopk", d_in=32, d_sae=128, k=2.5),
           "l1": make("relu_l1", d_in=32, d_sae=64)}
 for event in fit(coders, TensorSource(data, batch=100), folder=sys.argv[1], every=700, metrics_every=3):
-    if isinstance(event, Started): print("started", event.step, flush=True)
+    print(event.step, flush=True)
 print("end", *(coder.identity for coder in event.coders.values()), flush=True)
 """
 
@@ -40,30 +39,28 @@ def finish(process):
     return out.split("end", 1)[1].split()
 
 
-def killed(folder, tokens, delay):
-    "Start or resume a run, kill it some time after its first step; the step it had resumed from."
+def killed(folder, tokens, step, delay):
+    "Start or resume a run, kill it a moment after some step; the step it had resumed from."
     process = launch(folder, tokens)
-    at = int(process.stdout.readline().split()[1])
+    first = at = int(process.stdout.readline())
+    while at < step: at = int(process.stdout.readline())
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
-    return at
+    return first
 
 
 def prove(tmp_path, kills, tokens, seed):
     "Kill a run many times; its end is the end of one left alone."
-    begun = time.monotonic()
     whole = finish(launch(tmp_path / "whole", tokens))
-    log = read_log(tmp_path / "whole")
-    training = next(e["seconds"] for e in reversed(log) if e["event"] == "step")
-    assert time.monotonic() - begun > training > 0
-    random_ = random.Random(seed)
-    resumed = [killed(tmp_path / "killed", tokens, random_.uniform(0, 1.2 * training / kills)) for _ in range(kills)]
-    assert resumed == sorted(resumed) and resumed[-1] > 0, resumed
+    dice, steps = random.Random(seed), tokens // 100
+    moments = sorted(dice.uniform(0.03, 0.85) * steps for _ in range(kills))
+    resumed = [killed(tmp_path / "killed", tokens, step, dice.uniform(0, 0.05)) for step in moments]
+    assert resumed == sorted(resumed) and resumed[0] == 0 < resumed[-1], resumed
     assert finish(launch(tmp_path / "killed", tokens)) == whole
-    steps = [e["step"] for e in read_log(tmp_path / "killed") if e["event"] == "step"]
-    assert steps == [e["step"] for e in log if e["event"] == "step"]
+    logs = [[e["step"] for e in read_log(tmp_path / name) if e["event"] == "step"] for name in ("whole", "killed")]
+    assert logs[0] == logs[1] and logs[0][-1] == steps
 
 
 def test_three_kills(tmp_path):

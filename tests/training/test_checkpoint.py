@@ -12,7 +12,8 @@ from sae_lab.training.checkpoint import checkpoints, last_checkpoint, write_chec
 
 def write(folder, step, keep=2):
     "A small checkpoint."
-    return write_checkpoint(folder, step, {"a": {"w": torch.full((50,), step)}, "b/c": {"w": torch.zeros(3)}}, {"n": step}, keep)
+    tensors = {"a": {"w": torch.full((50,), step)}, "b/c": {"w": torch.zeros(3)}}
+    return write_checkpoint(folder, step, tensors, {"n": step}, keep)
 
 
 def test_rotation_and_strange_names(tmp_path):
