@@ -102,13 +102,13 @@ def _head(card: LatentCard) -> str:
     return (f'<div style="font-size:16px"><b>latent {card.latent}</b>{badge}{where}</div>'
             f'<div style="opacity:.85">{escape(" · ".join(facts(card)))}</div>{note}')
 
-# %% ../../nbs/09_views/05_card.ipynb #d6e4375d
-def _shown(each: Window) -> float:
+# %% ../../nbs/09_views/05_card.ipynb #51a99e7b
+def _shown(each: Window) -> Number:
     "The activation a window was chosen for, or else its greatest."
     if each.focus is not None and each.focus < len(each.values): return float(each.values[each.focus])
     return float(max((v for v in each.values if math.isfinite(v)), key=abs, default=0.0))
 
-def _window_html(each: Window, scale: float, detail: int) -> str:
+def _window_html(each: Window, scale: Number, detail: int) -> str:
     value = _shown(each)
     place = f":{each.position}" if each.position is not None and each.document else ""
     title = f' title="{caption(each.document, 80) + place}"' if each.document else ""
@@ -118,7 +118,7 @@ def _window_html(each: Window, scale: float, detail: int) -> str:
     head = f'<td align="right"{title}>{number(value) if value else "–"}</td>'
     return f'{head}<td align="right">{left}</td><td>{right}</td></tr>'
 
-def _group_html(group: Group, scale: float, detail: int) -> str:
+def _group_html(group: Group, scale: Number, detail: int) -> str:
     if not group.windows:
         return f'<tr><td colspan="4"><b>{caption(group.name)}</b> <small>{caption(group.note)}</small></td></tr>'
     note = f"<br><small>{caption(group.note)}</small>" if group.note else ""

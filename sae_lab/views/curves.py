@@ -61,7 +61,7 @@ class TrainingCurves(AbstractPayload):
         return [{"tokens": tokens, "coder": each.coder, "quantity": each.quantity, "value": value}
                 for each in self.curves for tokens, value in zip(self.tokens, each.values, strict=True)]
 
-# %% ../../nbs/09_views/06_curves.ipynb #2c778425
+# %% ../../nbs/09_views/06_curves.ipynb #ec07b9a6
 LABELS = {"mse": "MSE, model units²", "fvu": "FVU, share of variance", "l0": "L0, latents per token",
           "dead": "dead, share of latents", "auxk": "AuxK loss", "l1": "L1, model units"}
 
@@ -79,10 +79,10 @@ def label_of(curves: TrainingCurves,  # a run
     "What a quantity is called in charts."
     return dict(curves.units).get(quantity, LABELS.get(quantity, quantity))
 
-def _log(values: list[float]) -> bool:
+def _log(values: list[Number]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) > 30
 
-def _range(values: list[float], log: bool) -> tuple[float, float]:
+def _range(values: list[Number], log: bool) -> tuple[Number, Number]:
     if not values: return 0.0, 1.0
     low, high = min(values), max(values)
     low, high = (math.log10(low), math.log10(high)) if log else (min(0.0, low), high)
@@ -102,11 +102,11 @@ def _panel(curves: TrainingCurves, quantity: str) -> str:
     says = f"{label}: " + ", ".join(f"{each.coder} {number(_last(each))}" for each in mine)
     return _titled(label, drawing(frame, axes(frame, "tokens", "", None, ticks) + lines, says[:300]))
 
-# %% ../../nbs/09_views/06_curves.ipynb #f65d5aa4
+# %% ../../nbs/09_views/06_curves.ipynb #cda6ee2f
 def _tokens_range(curves: TrainingCurves) -> tuple[int, int]:
     return (0, max(curves.tokens)) if curves.tokens and max(curves.tokens) > 0 else (0, 1)
 
-def _last(curve: Curve) -> float:
+def _last(curve: Curve) -> Number:
     "The last value that was measured."
     return next((v for v in reversed(curve.values) if math.isfinite(v)), math.nan)
 
@@ -174,7 +174,7 @@ def _curves_text(curves: TrainingCurves) -> str:
             lines.append(f"{token_text(chart.coder)[:20]:20} log10 density |{sparkline(chart.counts[-1])}|")
     return "\n".join(each for each in lines if each)
 
-# %% ../../nbs/09_views/06_curves.ipynb #fe1aeb6e
+# %% ../../nbs/09_views/06_curves.ipynb #f3fe20cf
 def training_curves(events: Iterable,                      # records with tokens, losses and perhaps density
                     edges: Sequence[Number] = (),          # log10 edges of the density counts
                     quantities: Sequence[str] | None = None,  # which to show, in order; None: all
@@ -196,7 +196,7 @@ def _value(step: Any, coder: str, quantity: str) -> float:
     found = step.losses.get(coder, {}).get(quantity)
     return math.nan if found is None else float(found)
 
-def _density_map(steps: list, coder: str, edges: tuple[float, ...]) -> DensityMap:
+def _density_map(steps: list, coder: str, edges: tuple) -> DensityMap:
     mine = [each for each in steps if (getattr(each, "density", None) or {}).get(coder)]
     counts = [tuple(map(int, each.density[coder])) for each in mine]
     return DensityMap(coder, tuple(int(each.tokens) for each in mine), edges,

@@ -49,7 +49,7 @@ class HistogramChart(AbstractPayload):
         apart = {"low": None, "high": None, "count": self.apart, "label": self.apart_label}
         return [apart, *bins] if self.apart_label else bins
 
-# %% ../../nbs/09_views/03_histograms.ipynb #e159a019
+# %% ../../nbs/09_views/03_histograms.ipynb #fca9f74a
 def bin_text(chart: HistogramChart,  # a histogram
              i: int,                 # number of the bin
              ) -> str:               # "0.5 to 1: 12 tokens"
@@ -57,13 +57,13 @@ def bin_text(chart: HistogramChart,  # a histogram
     low, high = (10 ** edge if chart.log_x else edge for edge in chart.edges[i:i + 2])
     return f"{number(low)} to {number(high)}: {chart.counts[i]:,} {chart.y_label}".strip()
 
-def _count_ticks(most: int, log: bool) -> list[tuple[float, str]]:
+def _count_ticks(most: Number, log: bool) -> list[tuple[Number, str]]:
     if not log: return [(v, number(v)) for v in nice_ticks(0, most, 3) if v == int(v)]
     powers = range(len(str(most)))
     least = 1 if most >= 10 else 0  # the ticks of 0 and 1 would touch
     return [(0.0, "0")] + [(math.log10(1 + 10 ** p), number(10 ** p)) for p in powers if p >= least]
 
-def _x_ticks(chart: HistogramChart) -> list[tuple[float, str]] | None:
+def _x_ticks(chart: HistogramChart) -> list[tuple[Number, str]] | None:
     if not chart.log_x: return None
     low, high = math.ceil(chart.edges[0]), math.floor(chart.edges[-1])
     step = max(1, (high - low) // 5)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..ground.html import MONO, number
 from .payload import AbstractPayload, Number, caption, token_text, views
 
-# %% ../../nbs/09_views/04_logits.ipynb #8445378d
+# %% ../../nbs/09_views/04_logits.ipynb #2696f291
 @views.add("logits", idea="promoted and suppressed tokens",
            example=lambda: LogitTable((" fox", " wolf"), (2.1, 0.9), (" the",), (-1.2,)))
 @dataclass(frozen=True, repr=False)
@@ -32,12 +32,12 @@ class LogitTable(AbstractPayload):
     def rows(self) -> list[dict]: # one a token, promoted first
         return [{"side": side, "token": token, "effect": effect} for side, token, effect in _sides(self)]
 
-def _sides(table: LogitTable) -> list[tuple[str, str, float]]:
+def _sides(table: LogitTable) -> list[tuple[str, str, Number]]:
     up = [("promoted", *each) for each in zip(table.promoted, table.promoted_by, strict=True)]
     return up + [("suppressed", *each) for each in zip(table.suppressed, table.suppressed_by, strict=True)]
 
-# %% ../../nbs/09_views/04_logits.ipynb #9a32b0a2
-def _bar(token: str, effect: float, most: float) -> str:
+# %% ../../nbs/09_views/04_logits.ipynb #b2957945
+def _bar(token: str, effect: Number, most: Number) -> str:
     "A row: the token over a bar of its length, and the number."
     share = abs(effect) / most if most > 0 and math.isfinite(effect) else 0.0
     colour = "#e707" if effect > 0 else "#17d7"

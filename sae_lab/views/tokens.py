@@ -23,7 +23,7 @@ def shade(value: Number,  # activation, model units
     share = min(1.0, abs(value) / scale)
     return ("#e70" if value > 0 else "#17d") + f"{round(2 + 11 * share):x}"
 
-# %% ../../nbs/09_views/01_tokens.ipynb #38c4dbf8
+# %% ../../nbs/09_views/01_tokens.ipynb #928cfdf6
 def marked(token: str,             # one token, or several merged
            value: Number,     # activation, model units
            scale: Number,     # activation that gets the full colour
@@ -53,7 +53,7 @@ def token_html(tokens: tuple[str, ...] | list[str],       # text of each token
         parts.append(marked(text, values[run[0]] if detail > 0 else step, scale, here, detail))
     return "".join(parts)
 
-def _step(value: float, scale: float, detail: int) -> float:
+def _step(value: Number, scale: Number, detail: int) -> Number:
     "What tokens must share to be merged: 0 where silent."
     if not value or detail > 0: return value if value else 0.0
     share = min(1.0, abs(value) / scale) if scale > 0 and math.isfinite(value) else 0.0
