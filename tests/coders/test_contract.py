@@ -1,4 +1,5 @@
 "The contract over every registered coder: laws, save and load, refusal of bad files, folding."
+import inspect
 import json
 import shutil
 
@@ -11,11 +12,9 @@ from safetensors.torch import load_file, save_file
 from sae_lab.coders.contract import LAWS, Spec, check_coder, coders, fold, load, make, randn, save, unfold
 from sae_lab.ground.errors import DamagedFile, InputError, UnknownName
 
-SPARSE = {"k": 3}
-
 
 def build(kind, d_in=12, d_sae=12, seed=0):
-    args = SPARSE if "k" in coders[kind].value.__wrapped__.__code__.co_varnames else {}
+    args = {"k": 3} if "k" in inspect.signature(coders[kind].value).parameters else {}
     coder = make(kind, d_in=d_in, d_sae=d_sae, seed=seed, **args)
     with torch.no_grad():
         for name, value in [*coder.named_parameters(), *coder.named_buffers()]:
