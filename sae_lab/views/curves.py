@@ -61,7 +61,7 @@ class TrainingCurves(AbstractPayload):
         return [{"tokens": tokens, "coder": each.coder, "quantity": each.quantity, "value": value}
                 for each in self.curves for tokens, value in zip(self.tokens, each.values, strict=True)]
 
-# %% ../../nbs/09_views/06_curves.ipynb #ec07b9a6
+# %% ../../nbs/09_views/06_curves.ipynb #0006614f
 LABELS = {"mse": "MSE, model units²", "fvu": "FVU, share of variance", "l0": "L0, latents per token",
           "dead": "dead, share of latents", "auxk": "AuxK loss", "l1": "L1, model units"}
 
@@ -95,7 +95,9 @@ def _panel(curves: TrainingCurves, quantity: str) -> str:
     place = lambda v: math.log10(v) if log and v > 0 else math.nan if log else v
     frame = Frame(_tokens_range(curves), _range(seen, log), width=262, height=140, margin=(8, 10, 36, 50))
     ticks = [(t, number(10 ** t)) for t in nice_ticks(*frame.y_range, 3)] if log else None
-    lines = "".join(line(frame, curves.tokens, [place(v) for v in each.values], colour_of(curves, each.coder),
+    keep = thin(len(curves.tokens), 240)  # more points than that fall on one pixel
+    xs = [curves.tokens[i] for i in keep]
+    lines = "".join(line(frame, xs, [place(each.values[i]) for i in keep], colour_of(curves, each.coder),
                          f"{each.coder}: {quantity} {number(_last(each))}",
                          DASHES[curves.coders.index(each.coder) % len(DASHES)]) for each in mine)
     label = label_of(curves, quantity) + (" (log)" if log else "")

@@ -60,7 +60,7 @@ def _step(value: Number, scale: Number, detail: int) -> Number:
     if share <= -detail / 4: return 0.0
     return math.copysign(math.ceil(4 * share) / 4 * scale, value) if share else 0.0
 
-# %% ../../nbs/09_views/01_tokens.ipynb #a3176acf
+# %% ../../nbs/09_views/01_tokens.ipynb #138f7e64
 def _example() -> "TokenStrip":
     tokens = ("Once", " there", " was", " a", " small", " fox", ".", "\n", "The", " fox", " slept", ".")
     values = (0.0, 0.0, 0.0, 0.2, 0.9, 4.1, 0.0, 0.0, 0.0, 3.2, 0.4, 0.0)
@@ -84,7 +84,7 @@ class TokenStrip(AbstractPayload):
                              "one value a token", "cut both alike")
 
     @property
-    def full(self) -> float: # activation that gets the full colour
+    def full(self) -> Number: # activation that gets the full colour
         sizes = [abs(value) for value in self.values if math.isfinite(value)]
         return self.scale if self.scale is not None else max(sizes, default=0.0)
 
