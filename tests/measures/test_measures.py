@@ -8,7 +8,7 @@ import torch
 
 from sae_lab.coders.contract import make
 from sae_lab.ground.errors import InputError, NumericError
-from sae_lab.measures.downstream import downstream_totals, measure, null_sums, scored
+from sae_lab.measures.downstream import downstream_totals, measure, null_sums, random_like, scored
 from sae_lab.measures.reconstruction import evaluate, frame, measures, reconstruction, reconstruction_totals
 from sae_lab.sources.bridge import native
 from sae_lab.sources.corpus import Tokens
@@ -139,6 +139,18 @@ def test_the_null_is_what_the_null_coder_scores(found, subject, tokens, coder):
     for name, m in found.items():
         if m.null is not None:
             assert m.null == pytest.approx(own[name].value, rel=1e-9), name
+
+
+def test_the_ready_made_null_is_blind_but_knows_the_mean(coder, subject, tokens, flat):
+    found = measure(coder, subject, tokens, null="random", r=20)
+    blind = random_like(coder, found["l0"].value, flat[0].mean(0).float())
+    y = blind(flat[0].float())[1].detach().double()
+    naive = ((flat[0] - y) ** 2).sum() / ((flat[0] - flat[0].mean(0)) ** 2).sum()
+    assert found["fvu"].null == pytest.approx(float(naive), rel=1e-4) and found["l0"].null == 6
+    with pytest.raises(InputError, match="autoencoder"):
+        random_like(make("topk", d_in=32, d_sae=8, k=2, d_out=16), 2.0, torch.zeros(32))
+    with pytest.raises(InputError, match="null='best'"):
+        measure(coder, subject, tokens, null="best", r=2)
 
 
 def test_batches_do_not_matter(coder, subject, tokens):
