@@ -91,9 +91,9 @@ class Plain:
         stop: bool = True,  # stop behind the last
     ) -> dict[str, Tensor]:  # activations by name
         "Activations at some places."
-        wanted, store, handles = set(places), {}, []
+        wanted, store, handles = set(places), dict[str, Tensor](), []
 
-        def keep(name: str, act: object) -> None:
+        def keep(name: str, act: Any) -> None:
             store[name] = act[0] if isinstance(act, tuple) else act
             if stop and len(store) == len(wanted):
                 raise Reached
@@ -158,7 +158,7 @@ def pretrained(
     with _no_bars():
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, **local)
-            hf = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **local)
+            hf: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **local)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{name!r} could not be loaded ({str(error).splitlines()[0]})",
@@ -211,7 +211,7 @@ def untrained(
     )
     tokenizer.train_from_iterator(texts, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(folder)
-    sizes = dict(n_layer=2, n_embd=32, n_head=4, n_positions=64) | config
+    sizes: dict[str, Any] = dict(n_layer=2, n_embd=32, n_head=4, n_positions=64) | config
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(

@@ -247,7 +247,7 @@ def named(name: str,       # "bundled", "fables", "python_docs", "text", "jsonl"
             for key, value in args.items()}
     return Corpus(lambda: reader(**args), name, dict(source=name, python=platform.python_version(), **told))
 
-# %% ../../nbs/02_sources/05_corpus.ipynb #35ad0276
+# %% ../../nbs/02_sources/05_corpus.ipynb #14297c56
 def pack(corpus: Corpus,    # documents
          subject: Any,      # tokenizer, begin token, context
          n_tokens: int,     # usable tokens wanted
@@ -256,7 +256,8 @@ def pack(corpus: Corpus,    # documents
     "Pack a corpus for a subject."
     if not 2 <= ctx <= subject.n_ctx or n_tokens < 1:
         raise InputError(f"{n_tokens} tokens in sequences of {ctx}", f"at least 1, and from 2 to {subject.n_ctx}")
-    laid, kept, values, names = [], 0, {}, []
+    laid, kept, names = [], 0, []
+    values: dict[str, dict[str, int]] = {}  # concept -> value -> code
     for document, ids, offsets in encoded(corpus, subject):
         if kept >= n_tokens: break
         special = np.isin(ids, list(subject.special_ids)).astype(np.int32)

@@ -85,10 +85,10 @@ class Source(Protocol):
     def batches(self, start: int = 0) -> Iterator[Batch]: ...
     def norms(self) -> dict[str, tuple[Tensor, float]]: ...
 
-# %% ../../nbs/02_sources/07_stream.ipynb #bdf5b812
+# %% ../../nbs/02_sources/07_stream.ipynb #73a0b844
 def _positive(**numbers: int) -> None:
     wrong = {name: number for name, number in numbers.items() if number < 1}
-    if wrong: raise InputError(", ".join(f"{k}={v}" for k, v in wrong.items()), "at least 1 of each", **wrong)
+    if wrong: raise InputError(", ".join(f"{k}={v}" for k, v in wrong.items()), "at least 1 of each", numbers=wrong)
 
 def generator(*parts: object,       # seed, epoch, block...: JSON-able
               ) -> torch.Generator: # on the CPU
@@ -209,7 +209,7 @@ def usable(tokens: Tokens,            # packed sequences
     "Which tokens are harvested."
     return ~tokens.special if skip_special else tokens.doc >= 0
 
-# %% ../../nbs/02_sources/07_stream.ipynb #4466ccea
+# %% ../../nbs/02_sources/07_stream.ipynb #8835a977
 def _blocks(stream: "Stream", begin: int) -> Iterator[tuple[Batch, Tensor]]:
     "Blocks from the one with token `begin` of the run on, each with the rows still to give, in order."
     step = max(1, stream.block // stream.tokens.ids.shape[1])
@@ -227,7 +227,7 @@ def rebatched(blocks: Iterable[tuple[Batch, Int[Tensor, "_"]]], # blocks, each w
               size: int,                # rows a batch
               ) -> Iterator[Batch]:     # float32; the last may be short
     "Cut blocks into batches that may reach from one block into the next; one block is held at a time."
-    held, have = [], 0
+    held, have = list[Batch](), 0
     for block, rows in blocks:
         while have + len(rows) >= size:
             take, rows = rows[:size - have], rows[size - have:]

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CLASSIC', 'places', 'Port', 'Words', 'Runs', 'token_loss', 'Losses', 'Readout', 'Subject']
 
-# %% ../../nbs/02_sources/06_subject.ipynb #30e1ae87
+# %% ../../nbs/02_sources/06_subject.ipynb #a8c68772
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
@@ -50,7 +51,7 @@ def places(model: Any,                       # anything with run_with_cache, hoo
             folded[best] = (torch.Size(shape[2:]).numel(), tuple(names))
     return folded
 
-# %% ../../nbs/02_sources/06_subject.ipynb #aa01fa16
+# %% ../../nbs/02_sources/06_subject.ipynb #addf68f8
 @dataclass(frozen=True, eq=False, repr=False)
 class Port:
     "A model, its tokenizer and the facts about them."
@@ -67,6 +68,7 @@ class Port:
     d_vocab: int           # tokens of the vocabulary
     n_ctx: int             # tokens a sequence may have
     plain: Plain | None = None  # the same model without the bridge's hooks, for places it has by itself
+    lock: Any = field(default_factory=threading.RLock)  # one run at a time: hooks belong to the run that set them
 
     def __repr__(self) -> str: return f"{type(self).__name__}({self.name}, {self.n_layers} layers of {self.d_model})"
 
@@ -173,7 +175,7 @@ def _observe(subject: Port, tokens: Tensor, points: dict[str, str]) -> dict[str,
     except Reached: pass
     return store
 
-# %% ../../nbs/02_sources/06_subject.ipynb #f596d990
+# %% ../../nbs/02_sources/06_subject.ipynb #4e949148
 class Runs(Words):
     "Activations, with and without edits on the way."
 
@@ -185,7 +187,7 @@ class Runs(Words):
         hooks = _listed(hooks)
         if not hooks: raise InputError("no hook", "at least one hook", "see subject.hooks")
         points = {self.hook(name): self._point(name) for name in hooks}
-        with torch.no_grad(): found = _observe(self, _checked(self, tokens), points)
+        with self.lock, torch.no_grad(): found = _observe(self, _checked(self, tokens), points)
         return {name: found[self.hook(name)] for name in hooks}
 
     def run_with(self,
@@ -196,10 +198,10 @@ class Runs(Words):
                  ) -> tuple[Float[Tensor, "batch pos d_vocab"], # next-token logits
                             dict[str, Float[Tensor, "batch pos _"]]]: # activations by the names asked for, model units
         "Run with activations changed on the way; nothing is left behind, also after an exception."
-        hooks, store = _listed(hooks), {}
+        hooks, store = _listed(hooks), dict[str, Tensor]()
         change = [(self._point(name), _editor(edit)) for name, edit in edits.items()]
         record = [(self._point(name), _recorder(store, self.hook(name), None)) for name in hooks]
-        with torch.set_grad_enabled(grad):
+        with self.lock, torch.set_grad_enabled(grad):
             logits = self.model.run_with_hooks(_checked(self, tokens), fwd_hooks=change + record,
                                                return_type="logits")
         return logits, {name: store[self.hook(name)] for name in hooks}

@@ -23,7 +23,8 @@ def folder(tmp_path_factory, stories):
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         for name, weight in model.named_parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator) * (0.1 if "ln" in name or "bias" in name else 0.05))
+            size = 0.1 if "ln" in name or "bias" in name else 0.05
+            weight.add_(torch.randn(weight.shape, generator=generator) * size)
     model.save_pretrained(path)
     return path
 

@@ -18,7 +18,7 @@ def weights(data):
 
 
 def converted(w):
-    "The author's weights under the names of a native TransformerLens model; W_Q is halved: scores are divided by 8, not 4."
+    "The author's weights under TransformerLens' names; W_Q is halved: scores are divided by 8, not 4."
     new = {"embed.weight": w["token_embedding_table.weight"], "pos_embed.weight": w["position_embedding_table.weight"],
            "ln_final.weight": w["ln_f.weight"], "ln_final.bias": w["ln_f.bias"],
            "unembed.weight": w["lm_head.weight"], "unembed.bias": w["lm_head.bias"]}
@@ -28,7 +28,8 @@ def converted(w):
             heads = [w[f"{old}sa.heads.{head}.{name}.weight"] for head in range(HEADS)]
             new[f"{to}attn.{key}.weight"] = torch.cat(heads) * factor
             new[f"{to}attn.{key}.bias"] = torch.zeros(D_MODEL)
-        for key, name in (("attn.o", "sa.proj"), ("mlp.in", "ffwd.net.0"), ("mlp.out", "ffwd.net.2"), ("ln1", "ln1"), ("ln2", "ln2")):
+        for key, name in {"attn.o": "sa.proj", "mlp.in": "ffwd.net.0", "mlp.out": "ffwd.net.2",
+                          "ln1": "ln1", "ln2": "ln2"}.items():
             for kind in ("weight", "bias"):
                 new[f"{to}{key}.{kind}"] = w[f"{old}{name}.{kind}"]
     return new

@@ -19,7 +19,7 @@ lengths = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 @settings(deadline=None, max_examples=150)
 @given(lengths, st.integers(2, 17), st.booleans())
 def test_packing_keeps_every_token_in_order(sizes, ctx, with_bos):
-    "Each document's tokens come once, in order; boundaries hold; masks say what is text; rows are full but for the last."
+    "Each document's tokens come once, in order; boundaries hold; masks say what is text; rows are full but the last."
     bos, pad = (1000 if with_bos else None), 1001
     packer, codes = Packer(ctx, bos, pad, 1), itertools.count()
     documents = [np.array([next(codes) % 997 for _ in range(size)], np.int32) for size in sizes]
@@ -98,7 +98,8 @@ def test_codes_equal_the_narrowest_label(spans, width):
         met = [each for each in labels if each.start < end and each.end > start]
         assert (code == -1) == (not met)
         if met:
-            assert int(names[code]) in {int(e.value) for e in met if e.end - e.start == min(m.end - m.start for m in met)}
+            narrowest = min(each.end - each.start for each in met)
+            assert names[code] in {each.value for each in met if each.end - each.start == narrowest}
 
 
 def test_counts_account_for_every_position(subject, stories):

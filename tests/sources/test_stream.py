@@ -99,8 +99,8 @@ def test_one_block_is_held(subject, tokens):
         def __getattr__(self, name): return getattr(subject, name)
         def run(self, ids, hooks):
             gc.collect()
-            held = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim == 2 and t.shape[1] == subject.d_mlp
-                    and t.shape[0] > 400]
+            tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim == 2]
+            held = [t for t in tensors if t.shape[1] == subject.d_mlp and t.shape[0] > 400]
             self.counts.append(len({t.untyped_storage().data_ptr() for t in held}))
             return subject.run(ids, hooks)
 
@@ -168,5 +168,6 @@ def test_mistakes(subject, tokens):
         Stream(subject, tokens, [])
     with pytest.raises(InputError):
         Stream(subject, tokens, HOOKS, batch=0)
-    assert Stream(subject, tokens, ["blocks.1.hook_out", "blocks.1.hook_resid_post"]).hooks == ("blocks.1.hook_resid_post",)
+    twice = Stream(subject, tokens, ["blocks.1.hook_out", "blocks.1.hook_resid_post"])
+    assert twice.hooks == ("blocks.1.hook_resid_post",)
     assert len(harvest(subject, tokens, torch.arange(0), HOOKS)) == 0

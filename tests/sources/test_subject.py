@@ -157,7 +157,8 @@ def test_folding(folder, subject, ids):
 def test_readout(subject, ids):
     "Through W_out, W_O and directly, the parts of the stream add up to the centred logits."
     last = subject.n_layers - 1
-    acts = subject.run(ids, [f"blocks.{last}.hook_resid_post", f"blocks.{last}.mlp.hook_post", f"blocks.{last}.hook_mlp_out"])
+    hooks = [f"blocks.{last}.{name}" for name in ("hook_resid_post", "mlp.hook_post", "hook_mlp_out")]
+    acts = subject.run(ids, hooks)
     norm = subject.model.ln_final
     x = F.layer_norm(acts[f"blocks.{last}.hook_resid_post"].flatten(0, 1), (subject.d_model,))
     logits = subject.logits(ids).flatten(0, 1)
@@ -198,6 +199,18 @@ def test_mistakes_are_named(subject, ids, tmp_path):
         Subject.load(tmp_path, dtype="float64")
     with pytest.raises(InputError, match="TransformerLens model"):
         Subject.wrap(torch.nn.Linear(2, 2))
+
+
+def test_two_threads_do_not_meet(subject, ids):
+    "Runs from several threads each see their own places and edits."
+    from concurrent.futures import ThreadPoolExecutor
+
+    jobs = [lambda: subject.run(ids[:1], HOOKS[5])[HOOKS[5]], lambda: subject.run(ids[1:], HOOKS[8])[HOOKS[8]],
+            lambda: subject.run_with(ids, {HOOKS[5]: torch.zeros_like})[0], lambda: subject.logits(ids)]
+    alone = [job() for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: (i % 4, jobs[i % 4]()), range(80)))
+    assert all(torch.allclose(result, alone[i], atol=1e-6) for i, result in results)
 
 
 def test_words(subject):
