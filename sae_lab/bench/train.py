@@ -35,7 +35,7 @@ def dense(
     d_sae: int,  # latents
 ) -> Callable[[], object]:  # runs the five products once
     "The matrix products of a dense step, 10 * B * d_in * d_sae FLOP, each in its fastest layout."
-    x, z = torch.randn(BATCH, D_IN), torch.randn(BATCH, D_IN, d_sae // D_IN).reshape(BATCH, d_sae)
+    x, z = torch.randn(BATCH, D_IN), torch.randn(BATCH, d_sae)
     narrow, wide, weight = torch.empty_like(x), torch.empty_like(z), torch.randn(d_sae, D_IN)
     down, xt, zt = weight.t().contiguous(), x.t().contiguous(), z.t().contiguous()
     expand = _fastest([lambda: torch.mm(x, weight.t(), out=wide), lambda: torch.mm(x, down, out=wide)])

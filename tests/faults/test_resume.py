@@ -29,7 +29,8 @@ print("end", *(coder.identity for coder in event.coders.values()), flush=True)
 def launch(folder, tokens):
     "A run in a process of its own."
     env = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, "-c", RUN, str(folder), str(tokens)], stdout=subprocess.PIPE, text=True, env=env)
+    command = [sys.executable, "-c", RUN, str(folder), str(tokens)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
 
 
 def finish(process):
