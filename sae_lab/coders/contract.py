@@ -29,7 +29,7 @@ from ..ground.kernels import Pool
 from ..ground.registry import Registry
 from ..ground.sparse import Codes, decode
 
-# %% ../../nbs/01_coders/00_contract.ipynb #c203b316
+# %% ../../nbs/01_coders/00_contract.ipynb #0efa446d
 Scale = float | int | tuple[float, ...]  # one factor, or one a hook
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Spec:
     def from_json(cls, data: dict) -> "Spec":
         "The spec that `to_json` wrote; raises InputError for missing or unknown fields."
         known, needed = {each.name for each in fields(cls)}, {"kind", "args"}
-        if not needed <= set(data) <= known:
-            raise InputError(f"a spec with the fields {sorted(data)}",
-                             f"{sorted(needed)} and some of {sorted(known)}", "mend the fields")
+        if not needed <= set(data) <= known or not isinstance(data["args"], dict):
+            raise InputError(f"a spec with the fields {sorted(data)}", f"{sorted(needed)} (a "
+                             f"dictionary) and some of {sorted(known)}", "mend the fields")
         return cls(**{key: tuple(value) if isinstance(value, list) else value
                       for key, value in data.items()})
 

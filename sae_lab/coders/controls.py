@@ -47,8 +47,8 @@ def neurons(d_in: int,                # width of the hook
         raise InputError(f"neurons with d_sae {d_sae}", f"d_sae = d_in = {d_in}", "leave d_sae out")
     return signed(torch.eye(d_in), k)
 
-# %% ../../nbs/01_coders/06_controls.ipynb #ac780ed9
-def moments(batches: Iterable[Float[Tensor, "n d_in"]], # activations, model units
+# %% ../../nbs/01_coders/06_controls.ipynb #f53e3ee9
+def moments(batches: Iterable[Float[Tensor, "_ d_in"]], # activations, model units
             d_in: int,                                  # their width
             ) -> tuple[Tensor, Tensor, int]:            # mean, covariance, rows
     "Mean and covariance of a stream, in float64; raises InputError when it is empty."
@@ -69,9 +69,9 @@ def _filled(coder: Dictionary, rows: Tensor, mean: Tensor) -> Dictionary:
             parameter.copy_(value)
     return out
 
-# %% ../../nbs/01_coders/06_controls.ipynb #f8e49005
+# %% ../../nbs/01_coders/06_controls.ipynb #6e76918d
 def solve_pca(coder: Dictionary,                           # as `pca` makes it
-              batches: Iterable[Float[Tensor, "n d_in"]],  # activations, model units
+              batches: Iterable[Float[Tensor, "_ d_in"]],  # activations, model units
               ) -> Dictionary:                             # a new coder
     "Principal components of the data, largest variance first."
     mean, covariance, _ = moments(batches, coder.d_in)
@@ -93,9 +93,9 @@ def pca(d_in: int,                # width of the hook
     "Principal components, to be solved from data; coordinates until then."
     return signed(torch.eye(_widths("pca", d_in, d_sae, d_out, d_in), d_in), k)
 
-# %% ../../nbs/01_coders/06_controls.ipynb #c39dafed
+# %% ../../nbs/01_coders/06_controls.ipynb #8f1ef6a0
 def solve_mean(coder: Dictionary,                           # as `random` makes it
-               batches: Iterable[Float[Tensor, "n d_in"]],  # activations, model units
+               batches: Iterable[Float[Tensor, "_ d_in"]],  # activations, model units
                ) -> Dictionary:                             # a new coder
     "The same directions, around the mean of the data."
     return _filled(coder, coder.dec, moments(batches, coder.d_in)[0])

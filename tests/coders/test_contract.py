@@ -93,7 +93,7 @@ def respec(folder, change):
     (lambda f: respec(f, lambda s: s["spec"]["args"].update(d_sae=10**25)), "cannot be built"),
     (lambda f: respec(f, lambda s: s["spec"]["args"].update(width=3)), "cannot be built"),
     (lambda f: respec(f, lambda s: s["spec"]["args"].update(d_in="12")), "cannot be built"),
-    (lambda f: respec(f, lambda s: s["spec"].update(args=[])), "cannot be built"),
+    (lambda f: respec(f, lambda s: s["spec"].update(args=[])), "dictionary"),
     (lambda f: respec(f, lambda s: s["spec"].update(surprise=1)), "surprise"),
 ])
 def test_damaged_files_are_refused(folder, damage, word):
