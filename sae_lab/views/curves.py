@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LABELS', 'DASHES', 'Curve', 'DensityMap', 'TrainingCurves', 'colour_of', 'label_of', 'thin', 'training_curves']
 
-# %% ../../nbs/09_views/06_curves.ipynb #ed6ccf8b
+# %% ../../nbs/09_views/06_curves.ipynb #28b4ee5c
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -176,14 +176,15 @@ def _curves_text(curves: TrainingCurves) -> str:
             lines.append(f"{token_text(chart.coder)[:20]:20} log10 density |{sparkline(chart.counts[-1])}|")
     return "\n".join(each for each in lines if each)
 
-# %% ../../nbs/09_views/06_curves.ipynb #f3fe20cf
-def training_curves(events: Iterable,                      # records with tokens, losses and perhaps density
+# %% ../../nbs/09_views/06_curves.ipynb #a7ac7ba7
+def training_curves(events: Iterable,                      # events or dicts with tokens, losses and perhaps density
                     edges: Sequence[Number] = (),          # log10 edges of the density counts
                     quantities: Sequence[str] | None = None,  # which to show, in order; None: all
                     title: str = "",                       # what is shown
                     ) -> TrainingCurves:                   # ready to draw
     "Collect the curves of a run."
-    steps = [each for each in events if getattr(each, "losses", None)]
+    steps = [_step(each) for each in events]
+    steps = [each for each in steps if each.losses]
     pairs = dict.fromkeys((coder, quantity) for each in steps for coder in each.losses
                           for quantity in each.losses[coder])
     names = dict.fromkeys(quantity for _, quantity in pairs) if quantities is None else quantities
@@ -194,12 +195,17 @@ def training_curves(events: Iterable,                      # records with tokens
     return TrainingCurves(tuple(int(each.tokens) for each in steps), curves,
                           tuple(each for each in maps if each.tokens), title)
 
+def _step(event: Any) -> SimpleNamespace:
+    "Tokens, losses and densities of an event or of a line of its log."
+    get = event.get if isinstance(event, Mapping) else lambda name: getattr(event, name, None)
+    return SimpleNamespace(tokens=int(get("tokens") or 0), losses=get("losses"), density=get("density") or {})
+
 def _value(step: Any, coder: str, quantity: str) -> float:
     found = step.losses.get(coder, {}).get(quantity)
     return math.nan if found is None else float(found)
 
 def _density_map(steps: list, coder: str, edges: tuple) -> DensityMap:
-    mine = [each for each in steps if (getattr(each, "density", None) or {}).get(coder)]
+    mine = [each for each in steps if each.density.get(coder)]
     counts = [tuple(map(int, each.density[coder])) for each in mine]
     return DensityMap(coder, tuple(int(each.tokens) for each in mine), edges,
                       tuple(row[-(len(edges) - 1):] for row in counts),

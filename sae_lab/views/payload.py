@@ -129,13 +129,13 @@ def check_view(view: AbstractPayload, # any payload
 # %% ../../nbs/09_views/00_payload.ipynb #a84f2108
 views = Registry("view", "sae_lab.views")
 
-# %% ../../nbs/09_views/00_payload.ipynb #c36430d6
+# %% ../../nbs/09_views/00_payload.ipynb #421a271d
 def page(parts: Iterable[AbstractPayload | str],  # views, or plain text as paragraphs
          title: str = "sae_lab",                  # of the page
          ) -> str:                                # a whole HTML document
     "One self-contained page."
-    body = "\n".join(f"<p>{escape(part)}</p>" if isinstance(part, str) else part.to_html()
-                     for part in parts)
+    inner = [f"<p>{escape(part)}</p>" if isinstance(part, str) else part.to_html() for part in parts]
+    body = "\n".join(f'<div style="margin:0 0 20px">{each}</div>' for each in inner)
     style = f"font:14px/1.5 {SANS};max-width:72em;margin:2em auto;padding:0 1em"
     return (f'<!DOCTYPE html>\n<html lang="en" style="color-scheme:light dark"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title></head>\n'
