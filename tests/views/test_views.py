@@ -164,6 +164,8 @@ def test_curves_are_collected_from_events():
     assert run.curves[0].values == (1.0, 0.5, 0.25) and math.isnan(run.curves[1].values[0])
     assert run.densities[0].dead == (1, 2, 4) and run.densities[0].counts[0] == (1, 2, 3)
     assert json.loads(run.to_json())["curves"][1]["values"] == [None, 3.0, 3.0]
+    log = [json.loads(json.dumps(vars(each))) for each in events]
+    assert training_curves(log, edges=(-3, -2, -1, 0)).to_html() == run.to_html()
 
 
 def test_a_long_run_stays_small():
