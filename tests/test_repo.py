@@ -4,8 +4,10 @@ import inspect
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,14 @@ def cells(path):
 def exported(path):
     "The exported code cells of a notebook."
     return [s for t, s in cells(path) if t == "code" and re.search(r"^#\| *exports?\b", s, re.M)]
+
+
+def body_lengths(source):
+    "Lines of every function's body, its signature and docstring left out."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            rest = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            yield rest[-1].end_lineno - rest[0].lineno + 1 if rest else 0
 
 
 def module_of(path):
@@ -95,12 +105,15 @@ def test_no_import_cycles():
 def test_notebook_budget(path):
     "A reference notebook has one idea: few cells, short exported cells, small outputs."
     code = exported(path)
-    sizes = sorted(sum(bool(line.strip()) for line in s.splitlines()) for s in code)
+    sizes = [sum(bool(line.strip()) for line in s.splitlines() if not line.startswith("#|")) for s in code]
+    bodies = [n for s in code for n in body_lengths(s)]
     book = json.loads(path.read_text())
     outputs = sum(len(json.dumps(c.get("outputs", []))) for c in book["cells"])
     assert len(book["cells"]) <= 60 and len(code) <= 15, (len(book["cells"]), len(code))
-    assert not sizes or sizes[-1] <= 40, f"longest exported cell has {sizes[-1]} lines"
+    assert max(sizes, default=0) <= 40, f"longest exported cell has {max(sizes)} lines"
+    assert statistics.median(bodies or [0]) <= 10, f"the median function has {statistics.median(bodies)} lines"
     assert outputs <= 30_000, f"outputs take {outputs} bytes"
+    assert not re.search(r'"image/(png|jpeg)"', json.dumps([c.get("outputs", []) for c in book["cells"]]))
 
 
 @pytest.mark.parametrize("path", EVERY, ids=lambda p: p.stem)
@@ -140,9 +153,29 @@ def public_functions():
                     yield key, value
 
 
+def uncommented(function):
+    "Parameters of a function whose line carries no comment."
+    lines = inspect.getsource(function).splitlines()
+    tree = ast.parse(textwrap.dedent("\n".join(lines))).body[0]
+    for arg in [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]:
+        if "#" not in lines[arg.end_lineno - 1] and "#" not in lines[arg.lineno - 1]:
+            yield arg.arg
+
+
 def test_public_functions_are_documented():
-    "Every public function has a docstring; every parameter a comment or a line of its own."
-    bare = [f"{f.__module__}.{n}" for n, f in public_functions() if not inspect.getdoc(f)]
+    "Every public function has a docstring of its own, and a comment beside every parameter."
+    found = list(public_functions())
+    bare = [f"{f.__module__}.{n}" for n, f in found if not inspect.getdoc(f)]
+    silent = [f"{f.__module__}.{n}({arg})" for n, f in found if not hasattr(f, "__wrapped__") for arg in uncommented(f)]
+    assert not bare and not silent, (bare, silent)
+
+
+def test_public_tensors_have_shapes():
+    "No public function takes or gives a tensor without its axes."
+    import torch
+
+    bare = [f"{f.__module__}.{n}({key})" for n, f in public_functions() for key, note in getattr(f, "__annotations__", {}).items()
+            if note is torch.Tensor]
     assert not bare, bare
 
 
