@@ -46,6 +46,19 @@ def test_html_asks_no_network(tmp_path, no_browser):
     assert not re.search(r"<(script|link)[^>]+(src|href)=.https?:", plot) and '"showSendToCloud": false' in plot
 
 
+@pytest.mark.parametrize("body", ["exit 3", "sleep 60"])
+def test_a_browser_that_fails_is_reported(tmp_path, monkeypatch, body):
+    from sae_lab.views import figures
+    broken = tmp_path / "chromium"
+    broken.write_text(f"#!/bin/sh\nexec {body}\n" if body.startswith("sleep") else f"#!/bin/sh\n{body}\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("BROWSER_PATH", str(broken))
+    patient = figures._run_browser
+    monkeypatch.setattr(figures, "_run_browser", lambda *options: patient(*options, seconds=0.5))
+    saved = save_figures(HISTOGRAM, tmp_path / "h")
+    assert len(saved["h"]) == 3 and "browser" in saved.left_out["pdf/svg/png"]
+
+
 @browser
 def test_images_are_what_they_should_be(tmp_path):
     saved = save_figures({"hist": HISTOGRAM, "run": CURVES}, tmp_path / "f", {"seed": 1})
@@ -62,7 +75,8 @@ def test_images_are_what_they_should_be(tmp_path):
 @browser
 def test_what_is_no_chart_is_reported(tmp_path):
     saved = save_figures({"card": CARD}, tmp_path / "f")
-    assert saved.left_out == {"images of card": "not a chart"} and len(saved["card"]) == 3
+    assert saved.left_out == {"svg of card": "not a chart", "png of card": "not a chart"}
+    assert saved["card"][3].read_bytes().startswith(b"%PDF") and b"FontFile" in saved["card"][3].read_bytes()
 
 
 def test_figures_show_the_numbers_of_their_payload():
