@@ -193,7 +193,7 @@ def train(
     lab.last = next(iter(places))
     return {name: lab.coders[name] for name in places}
 
-# %% ../nbs/10_lab/03_lab.ipynb #8fd5ad54
+# %% ../nbs/10_lab/03_lab.ipynb #28b4598e
 def measured(
     lab: "Lab",  # the lab
     name: str,  # of a coder
@@ -204,9 +204,7 @@ def measured(
     made = [coder.identity, lab.subject.identity, dict(lab.corpus.provenance), tokens, lab.seed]
     path = lab.folder / "measures" / f"{name}-{hash_json(made)}.json"
     if path.is_file(): return {key: Measure(**value) for key, value in read_json(path).items()}
-    sparse = {"k": round(coder.spec.args["k"])} if "k" in coder.spec.args else {}
-    null = make("random", d_in=coder.d_in, d_sae=coder.d_sae, d_out=coder.d_out, seed=lab.seed, **sparse)
-    found = downstream.measure(coder, lab.subject, packed(lab, "score", tokens), null=null, seed=lab.seed)
+    found = downstream.measure(coder, lab.subject, packed(lab, "score", tokens), null="random", seed=lab.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {key: asdict(value) for key, value in found.items()})
     return found

@@ -6,7 +6,7 @@
 __all__ = ['Scale', 'Objective', 'coders', 'FORMAT', 'LAWS', 'Spec', 'AbstractCoder', 'check_rows', 'randn', 'Hints', 'Loss',
            'Recipe', 'register', 'make', 'save', 'load', 'spread', 'fold', 'unfold', 'check_coder']
 
-# %% ../../nbs/01_coders/00_contract.ipynb #b375088e
+# %% ../../nbs/01_coders/00_contract.ipynb #474e4696
 import copy
 import functools
 import inspect
@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from ..ground.errors import DamagedFile, InputError, NumericError, ShapeError
@@ -125,11 +125,11 @@ def _card(coder: AbstractCoder) -> str:
              "weights": "finite" if sound else "NOT FINITE"}
     return table([{"coder": key, "": value} for key, value in facts.items()])
 
-# %% ../../nbs/01_coders/00_contract.ipynb #e0951bb7
-def check_rows(x: Tensor,          # what came
+# %% ../../nbs/01_coders/00_contract.ipynb #68a5cad4
+def check_rows(x: Shaped[Tensor, "..."], # what came
                width: int,         # columns wanted
                name: str = "x",    # how to call it in the message
-               ) -> Tensor:        # `x`, unchanged
+               ) -> Float[Tensor, "n d_in"]: # `x`, unchanged
     "Raise ShapeError unless `x` is [n, width], NumericError where it holds NaN or infinity."
     if x.ndim != 2 or x.shape[1] != width:
         raise ShapeError(f"{name} has the shape {tuple(x.shape)}", f"[n, {width}]",
@@ -142,7 +142,7 @@ def check_rows(x: Tensor,          # what came
 
 def randn(*shape: int,    # size of each axis
           seed: int,      # of a generator of its own
-          ) -> Tensor:    # standard normal
+          ) -> Float[Tensor, "..."]: # standard normal
     "Standard normal numbers that depend on `shape` and `seed` alone."
     if torch.get_default_device().type == "meta": return torch.empty(shape)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
