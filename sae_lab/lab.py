@@ -6,14 +6,14 @@
 __all__ = ['QUANTITIES', 'home', 'packed', 'in_notebook', 'status', 'Monitor', 'watch', 'pick', 'collect', 'train', 'measured',
            'measure', 'index', 'show', 'save', 'reopen', 'Lab']
 
-# %% ../nbs/10_lab/03_lab.ipynb #857322fd
+# %% ../nbs/10_lab/03_lab.ipynb #2e3cc331
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -193,7 +193,12 @@ def train(
     lab.last = next(iter(places))
     return {name: lab.coders[name] for name in places}
 
-# %% ../nbs/10_lab/03_lab.ipynb #28b4598e
+# %% ../nbs/10_lab/03_lab.ipynb #c849325c
+def _again(facts: dict) -> Measure:
+    "A measure from its dictionary: an interval that could not be made was written as nothing."
+    return Measure(**{key: math.nan if value is None and key in ("value", "low", "high") else value for key, value in facts.items()})
+
+
 def measured(
     lab: "Lab",  # the lab
     name: str,  # of a coder
@@ -203,10 +208,10 @@ def measured(
     coder = lab.coders[name]
     made = [coder.identity, lab.subject.identity, dict(lab.corpus.provenance), tokens, lab.seed]
     path = lab.folder / "measures" / f"{name}-{hash_json(made)}.json"
-    if path.is_file(): return {key: Measure(**value) for key, value in read_json(path).items()}
+    if path.is_file(): return {key: _again(value) for key, value in read_json(path).items()}
     found = downstream.measure(coder, lab.subject, packed(lab, "score", tokens), null="random", seed=lab.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {key: asdict(value) for key, value in found.items()})
+    write_json(path, {key: value.to_dict() for key, value in found.items()})
     return found
 
 
