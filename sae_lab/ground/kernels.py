@@ -136,7 +136,7 @@ class Support:
         return dense.index_add_(0, self.flat_positions, values).view(self.n, self.d_sae)
 
     @cached_property
-    def columns(self) -> tuple[Int[Tensor, "d1"], Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
+    def columns(self) -> tuple[Int[Tensor, "n1"], Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
         "The transpose: start of each latent's entries, their rows, and the order they are taken in."
         if self.flat.device.type == "cpu" and self.flat.numel():
             order = np.arange(len(self.flat), dtype=np.int32)
@@ -212,8 +212,8 @@ def row_topk(
 
 def _members(
     scores: Float[Tensor, "n m"],  # contiguous
-    groups: Int[Tensor, "c"],  # flat positions in `_maxima(scores, GROUP)`, ascending
-) -> Int[Tensor, "e"]:  # flat positions in scores, rows ascending; left over columns included
+    groups: Int[Tensor, "m"],  # flat positions in `_maxima(scores, GROUP)`, ascending
+) -> Int[Tensor, "nnz"]:  # flat positions in scores, rows ascending; left over columns included
     "The entries of some groups, and of the columns that belong to none."
     n, m = scores.shape
     width = m // GROUP
