@@ -1,5 +1,7 @@
 "Splits, packing and labels, by property and against the text itself."
 import itertools
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 
 from sae_lab.ground.errors import DamagedFile, InputError, UnknownName
 from sae_lab.sources.bridge import native
-from sae_lab.sources.corpus import PARTS, Corpus, Packer, Tokens, label_codes, named, part_of
+from sae_lab.sources.corpus import PARTS, Corpus, Packer, Tokens, group_of, label_codes, named, part_of
 from sae_lab.sources.documents import Document, Label
+from sae_lab.sources.python_docs import python_docs
 from sae_lab.sources.subject import Subject
 
 lengths = st.lists(st.integers(0, 40), min_size=1, max_size=12)
@@ -46,7 +49,7 @@ def test_packing_keeps_every_token_in_order(sizes, ctx, with_bos):
 
 
 @given(st.text(min_size=1), st.integers(0, 5))
-def test_a_part_depends_on_seed_and_id_alone(name, seed):
+def test_a_part_depends_on_seed_and_name_alone(name, seed):
     "The same answer always, and one of three."
     assert part_of(name, seed) == part_of(name, seed) and part_of(name, seed) in PARTS
 
@@ -67,6 +70,26 @@ def test_shares_are_kept_and_parts_disjoint(stories):
         corpus.split("train")
     with pytest.raises(InputError):
         corpus.split("fit", shares=(0.5, 0.1, 0.1))
+
+
+def test_no_file_is_in_two_parts():
+    "All documents of a Python file, docstrings and code, are in one part; the parts are still a partition."
+    root = Path(sysconfig.get_paths()["stdlib"]) / "email"
+    documents = [*python_docs(("topic",)), *python_docs(("docstring", "code"), root)]
+    corpus = Corpus(lambda: documents, "python_docs")
+    for seed in range(3):
+        parts = {part: list(corpus.split(part, seed)) for part in PARTS}
+        files = [{d.meta["file"] for d in part} for part in parts.values()]
+        assert sum(map(len, files)) == len(set().union(*files)) == len({d.meta["file"] for d in documents}) > 20
+        assert sorted(d.id for part in parts.values() for d in part) == sorted(d.id for d in documents)
+    assert any({"docstring", "code"} <= {d.kind for d in part} for part in parts.values())
+    assert corpus.split("fit").provenance["split"] == "by file or document id"
+
+
+def test_documents_without_a_file_are_split_by_id(stories):
+    "Fables, and documents whose file is empty."
+    assert [group_of(story) for story in stories] == [story.id for story in stories]
+    assert group_of(Document("x", "a", "b", meta={"file": None})) == "a"
 
 
 def test_labels_reach_the_tokens_that_spell_them(subject, stories):
