@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SKIPPED_FOLDERS', 'KINDS', 'library_files', 'parse_source', 'docstrings', 'code_pieces', 'python_docs']
 
-# %% ../../nbs/02_sources/03_python_docs.ipynb #929fbb64
+# %% ../../nbs/02_sources/03_python_docs.ipynb #38f1631e
 import ast
 import inspect
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pydoc_data.topics import topics
 from ..ground.errors import InputError
 from .documents import Document
 
-# %% ../../nbs/02_sources/03_python_docs.ipynb #a9b37b68
+# %% ../../nbs/02_sources/03_python_docs.ipynb #47887331
 SKIPPED_FOLDERS = frozenset({
     "test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip",
     "pydoc_data", "encodings", "lib-dynload", "__pycache__",
@@ -26,8 +27,8 @@ KINDS = ("topic", "docstring", "code")
 _GENERATED = re.compile(r"(auto-?|automatically )?generated (by|from|automatically|and used)", re.I)
 
 
-def _wanted(relative: Path) -> bool:
-    return not any(part in SKIPPED_FOLDERS or part.startswith("config-") for part in relative.parts)
+def _wanted(names: list[str]) -> list[str]:
+    return [name for name in names if name not in SKIPPED_FOLDERS and not name.startswith("config-")]
 
 
 def library_files(
@@ -36,8 +37,11 @@ def library_files(
 ) -> list[Path]:  # paths relative to `root`, sorted
     "Source files of the standard library worth reading as text."
     base = Path(sysconfig.get_paths()["stdlib"]) if root is None else Path(root)
-    found = (path.relative_to(base) for path in base.rglob("*.py"))
-    return sorted(p for p in found if _wanted(p) and (base / p).stat().st_size <= largest)
+    found: list[Path] = []
+    for folder, inside, names in os.walk(base):
+        inside[:] = _wanted(inside)  # os.walk goes only where this says
+        found += [Path(folder, name) for name in _wanted(names) if name.endswith(".py")]
+    return sorted(p.relative_to(base) for p in found if p.is_file() and p.stat().st_size <= largest)
 
 # %% ../../nbs/02_sources/03_python_docs.ipynb #501af5b1
 def parse_source(

@@ -1,11 +1,20 @@
 "Python's own text: what is read, what is left out, and that pieces and ids are sound."
 
 import ast
+import sysconfig
+from pathlib import Path
 
 import pytest
 
 from sae_lab.ground.errors import InputError
-from sae_lab.sources.python_docs import code_pieces, docstrings, library_files, parse_source, python_docs
+from sae_lab.sources.python_docs import (
+    SKIPPED_FOLDERS,
+    code_pieces,
+    docstrings,
+    library_files,
+    parse_source,
+    python_docs,
+)
 
 
 @pytest.fixture
@@ -45,6 +54,26 @@ def test_file_list_ignores_tests_and_large_files(library):
     assert "large.py" not in names and not any(name.startswith(("test/", "site-packages/")) for name in names)
 
 
+def listed_whole(base, largest=250_000):
+    "The same files by listing everything and leaving out afterwards."
+    found = (path.relative_to(base) for path in base.rglob("*.py"))
+    kept = (p for p in found if not any(part in SKIPPED_FOLDERS or part.startswith("config-") for part in p.parts))
+    return sorted(p for p in kept if (base / p).stat().st_size <= largest)
+
+
+def test_leaving_folders_out_early_changes_no_list(library):
+    skipped, kept = ("package/tests/deep/a.py", "site-packages/x/b.py"), ("b/c.py", "b.py", "B.py", "b-c/d.py", "test.py")
+    for name in skipped + kept:
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text("x = 1\n")
+    (library / "dangling.py").symlink_to(library / "nowhere.py")
+    files = library_files(library)
+    (library / "dangling.py").unlink()
+    assert files == listed_whole(library) and Path("test.py") in files and Path("b-c/d.py") in files
+    standard = Path(sysconfig.get_paths()["stdlib"])
+    assert library_files() == library_files(standard) == listed_whole(standard)
+
+
 def test_pieces_join_to_the_file_and_begin_at_definitions():
     body = "".join(f"# about f{i}\n@decorated\ndef f{i}():\n    return {'x' * 50!r}\n\n\n" for i in range(40))
     text = "import os\n\n" + body
@@ -64,7 +93,8 @@ def test_a_long_class_is_cut_between_methods():
 
 def test_docstrings_are_named_by_their_path():
     long = "Says something that is long enough to be read as a document of its own."
-    text = f'class A:\n    """{long}"""\n    def f(self):\n        """{long}"""\n    def g(self):\n        """Short."""\n'
+    methods = f'    def f(self):\n        """{long}"""\n    def g(self):\n        """Short."""\n'
+    text = f'class A:\n    """{long}"""\n{methods}'
     assert [name for name, _ in docstrings(ast.parse(text))] == ["A", "A.f"]
 
 
