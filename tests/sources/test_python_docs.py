@@ -62,7 +62,8 @@ def listed_whole(base, largest=250_000):
 
 
 def test_leaving_folders_out_early_changes_no_list(library):
-    skipped, kept = ("package/tests/deep/a.py", "site-packages/x/b.py"), ("b/c.py", "b.py", "B.py", "b-c/d.py", "test.py")
+    skipped = ("package/tests/deep/a.py", "site-packages/x/b.py")
+    kept = ("b/c.py", "b.py", "B.py", "b-c/d.py", "test.py")
     for name in skipped + kept:
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_text("x = 1\n")
