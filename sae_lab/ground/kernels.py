@@ -25,6 +25,7 @@ __all__ = [
     "combine_rows",
     "dots",
     "kth_largest",
+    "nonzero",
     "row_topk",
     "sums",
 ]
@@ -201,7 +202,7 @@ def row_topk(
         level = levels.pop()
         width = level.shape[1] // group
         steps = torch.arange(0, group * width, width, device=level.device)
-        columns = (columns[:, None, :] + steps[:, None]).view(len(level), -1)
+        columns = (columns[:, None, :] + steps[:, None]).view(len(level), group * k)
         if group * width < level.shape[1]:
             rest = torch.arange(group * width, level.shape[1], device=level.device)
             columns = torch.cat([columns, rest.expand(len(level), -1)], 1)
@@ -234,6 +235,15 @@ def _entries(
 ) -> tuple[Float[Tensor, "nnz"], Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
     rows = at.div(max(scores.shape[1], 1), rounding_mode="floor")
     return values, rows, (at - rows * scores.shape[1]).int()
+
+
+def nonzero(
+    scores: Float[Tensor, "n m"],  # any scores
+) -> tuple[Float[Tensor, "nnz"], Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:  # values, rows, columns
+    "Every entry that is not zero, rows ascending, columns too; values keep their gradient."
+    scores = scores.contiguous()
+    at = _flatnonzero(scores.detach() != 0)
+    return _entries(scores, at, scores.view(-1)[at])
 
 
 def above(

@@ -92,7 +92,7 @@ class _Counted(_Stored):
         kind = "CSR" if self.indptr is not None else f"k={self.values.shape[1]}"
         return f"Codes({self.n} x {self.d_sae}, {kind}, {self.dtype}, {self.device})"
 
-# %% ../../nbs/00_ground/05_sparse.ipynb #5cbcc64b
+# %% ../../nbs/00_ground/05_sparse.ipynb #8028f72a
 class Codes(_Counted):
     "Sparse codes of `n` tokens over `d_sae` latents; dense only on request."
 
@@ -138,10 +138,9 @@ class Codes(_Counted):
     @staticmethod
     def from_dense(z: Float[Tensor, "n d_sae"]) -> "Codes":  # z: any dense codes
         "The non-zero entries of dense codes."
-        rows, latents = z.detach().nonzero(as_tuple=True)
-        return _from_entries(rows, latents, z[rows, latents], tuple(z.shape))
+        return _in_rows(*kernels.nonzero(z), tuple(z.shape))
 
-# %% ../../nbs/00_ground/05_sparse.ipynb #aee64a9a
+# %% ../../nbs/00_ground/05_sparse.ipynb #5a744ce7
 def _row_starts(counts: Int[Tensor, "n"]) -> Int[Tensor, "n1"]:
     "Where each row begins, from how much it holds."
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
@@ -151,6 +150,11 @@ def _from_entries(rows, latents, values, shape) -> Codes:
     order = torch.argsort(rows * shape[1] + latents)
     indptr = _row_starts(torch.bincount(rows, minlength=shape[0]))
     return Codes(values[order], latents[order].int(), shape[1], indptr)
+
+def _in_rows(values, rows, latents, shape) -> Codes:
+    "CSR codes of entries that already come row by row."
+    indptr = _row_starts(torch.bincount(rows, minlength=shape[0]))
+    return Codes(values, latents.int(), shape[1], indptr)
 
 def _padded(codes: Codes) -> Codes:
     "The same codes with the same number of entries in each row."
@@ -163,6 +167,7 @@ def _padded(codes: Codes) -> Codes:
     indices = codes.indices.new_zeros(codes.n, k).index_put(at, codes.indices)
     return Codes(zeros.index_put(at, codes.values), indices, codes.d_sae)
 
+# %% ../../nbs/00_ground/05_sparse.ipynb #7d07c7d5
 def _keep_topk(codes: Codes, k: int) -> Codes:
     "The k entries of each row that are largest in magnitude."
     wide = _padded(codes)
@@ -247,7 +252,7 @@ def _check_k(k: float | int, most: int) -> None:
         raise InputError(f"k = {k}", f"more than 0 and at most the {most} latents there are",
                          "choose how many latents may fire on a token", k=k)
 
-# %% ../../nbs/00_ground/05_sparse.ipynb #ebfe1c7c
+# %% ../../nbs/00_ground/05_sparse.ipynb #2ffe061c
 @torch.no_grad()
 def select_topk(
     pre: Float[Tensor, "n d_sae"],  # pre-activations
@@ -275,11 +280,6 @@ def select_threshold(
 ) -> Codes:  # CSR
     "Every pre-activation above its threshold."
     return _in_rows(*kernels.above(pre, threshold), pre.shape)
-
-def _in_rows(values, rows, latents, shape) -> Codes:
-    "CSR codes of entries that already come row by row."
-    indptr = _row_starts(torch.bincount(rows, minlength=shape[0]))
-    return Codes(values, latents.int(), shape[1], indptr)
 
 # %% ../../nbs/00_ground/05_sparse.ipynb #dc78c9fb
 class _AffineAt(torch.autograd.Function):
