@@ -1,4 +1,4 @@
-"""Tensor kernels of sparse codes: exact selection, products along a sparse support, reused memory.
+"""Tensor kernels of sparse codes: selection, sparse products, reused memory (hand-written).
 
 Sizes in the comments: n rows, m or d_sae columns, nnz stored entries, d features. Selection looks at the
 maxima of groups of columns first; a group is a set of `group` columns `m // group` apart, so that its
