@@ -27,7 +27,7 @@ class Row:
     bound: float | None = None  # what it is compared with, in the same unit
     ratio: float | None = None  # median of value / bound over the repetitions; lower is better
 
-# %% ../../nbs/10_lab/01_bench.ipynb #b95c7c13
+# %% ../../nbs/10_lab/01_bench.ipynb #61304aab
 def seconds(
     function: Callable[[], object],  # what to time
 ) -> float:  # wall-clock seconds
@@ -44,7 +44,7 @@ def interleaved(
 ) -> list[Row]:  # one row a case, seconds
     "Time each case right after its bound, over and over."
     for name in cases: bounds[name](), cases[name]()
-    pairs = {name: [] for name in cases}
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(reps):
         for name, case in cases.items():
             bound = seconds(bounds[name])

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['BATCHTOPK', 'next_threshold', 'batchtopk_objective', 'batchtopk']
 
-# %% ../../nbs/01_coders/04_batchtopk.ipynb #548b8132
+# %% ../../nbs/01_coders/04_batchtopk.ipynb #8ee10259
 from dataclasses import replace
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from .topk import explain, tied
 from ..ground.errors import InputError
 from ..ground.sparse import Codes, batch_topk_encode
 
-# %% ../../nbs/01_coders/04_batchtopk.ipynb #9aa0f796
+# %% ../../nbs/01_coders/04_batchtopk.ipynb #5120c51d
 def next_threshold(threshold: Float[Tensor, " d_sae"],  # of the gate, the same for all latents
                    codes: Codes,                        # selected in this batch
                    hints: Hints,                        # step of how many
@@ -42,7 +41,7 @@ def batchtopk_objective(coder: Dictionary,            # with a Threshold gate, i
     k = coder.spec.args["k"]
     def select(inputs, enc, bias, pool): return batch_topk_encode(inputs, enc, bias, k, pool=pool)
     loss = explain(coder, x, y, hints, aux, select)
-    threshold = next_threshold(coder.gate.threshold, loss.codes, hints)
+    threshold = next_threshold(coder.get_buffer("gate.threshold"), loss.codes, hints)
     parts = loss.parts | {"threshold": threshold[0]}
     return replace(loss, parts=parts, updates={"gate.threshold": threshold})
 

@@ -6,7 +6,7 @@
 __all__ = ['Scale', 'Objective', 'coders', 'FORMAT', 'LAWS', 'Spec', 'AbstractCoder', 'check_rows', 'randn', 'Hints', 'Loss',
            'Recipe', 'register', 'make', 'save', 'load', 'spread', 'fold', 'unfold', 'check_coder']
 
-# %% ../../nbs/01_coders/00_contract.ipynb #474e4696
+# %% ../../nbs/01_coders/00_contract.ipynb #cae6bc73
 import copy
 import functools
 import inspect
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -27,9 +28,9 @@ from ..ground.files import (atomic_folder, hash_json, hash_tensors, load_tensors
 from ..ground.html import table
 from ..ground.kernels import Pool
 from ..ground.registry import Registry
-from ..ground.sparse import Codes, decode
+from ..ground.sparse import Codes
 
-# %% ../../nbs/01_coders/00_contract.ipynb #0efa446d
+# %% ../../nbs/01_coders/00_contract.ipynb #66bb17a9
 Scale = float | int | tuple[float, ...]  # one factor, or one a hook
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class Spec:
         if not needed <= set(data) <= known or not isinstance(data["args"], dict):
             raise InputError(f"a spec with the fields {sorted(data)}", f"{sorted(needed)} (a "
                              f"dictionary) and some of {sorted(known)}", "mend the fields")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value
-                      for key, value in data.items()})
+        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
+                                 for key, value in data.items()}
+        return cls(**given)
 
 # %% ../../nbs/01_coders/00_contract.ipynb #136684f4
 class AbstractCoder(nn.Module, ABC):
@@ -147,7 +149,7 @@ def randn(*shape: int,    # size of each axis
     if torch.get_default_device().type == "meta": return torch.empty(shape)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
 
-# %% ../../nbs/01_coders/00_contract.ipynb #f43070b4
+# %% ../../nbs/01_coders/00_contract.ipynb #c2d20d56
 @dataclass(frozen=True)
 class Hints:
     "What the training loop tells an objective."
@@ -170,7 +172,7 @@ class Loss:
     codes: Codes                                    # this batch's codes, for the count of firings
     updates: dict[str, Tensor] = field(default_factory=dict)  # buffers the loop is to write
 
-Objective = Callable[[AbstractCoder, Tensor, Tensor, Hints], Loss]
+Objective = Callable[[Any, Tensor, Tensor, Hints], Loss]  # Any: the class of coder it is for
 
 # %% ../../nbs/01_coders/00_contract.ipynb #fffc35af
 @dataclass(frozen=True)

@@ -47,15 +47,16 @@ def neurons(d_in: int,                # width of the hook
         raise InputError(f"neurons with d_sae {d_sae}", f"d_sae = d_in = {d_in}", "leave d_sae out")
     return signed(torch.eye(d_in), k)
 
-# %% ../../nbs/01_coders/06_controls.ipynb #f53e3ee9
+# %% ../../nbs/01_coders/06_controls.ipynb #3d361c97
 def moments(batches: Iterable[Float[Tensor, "_ d_in"]], # activations, model units
             d_in: int,                                  # their width
             ) -> tuple[Tensor, Tensor, int]:            # mean, covariance, rows
     "Mean and covariance of a stream, in float64; raises InputError when it is empty."
-    n, total, product, origin = 0, torch.zeros(d_in).double(), torch.zeros(d_in, d_in).double(), None
+    n, product = 0, torch.zeros(d_in, d_in).double()
+    total = origin = torch.zeros(d_in).double()
     for x in batches:
         x = check_rows(x, d_in).double().cpu()
-        origin = x.mean(0) if origin is None else origin
+        origin = origin if n else x.mean(0)
         x = x - origin
         n, total, product = n + len(x), total + x.sum(0), product + x.T @ x
     if not n: raise InputError("no rows", "at least one batch", "give batches of activations")

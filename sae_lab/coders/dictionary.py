@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'unit_rows', 'Dictionary', 'training_inputs']
 
-# %% ../../nbs/01_coders/02_dictionary.ipynb #f6f5884f
+# %% ../../nbs/01_coders/02_dictionary.ipynb #f9919b1b
 import copy
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .contract import AbstractCoder, Spec, check_rows, randn
-from .gates import AbstractGate, TopK
+from .gates import AbstractGate
 from ..ground.errors import InputError
 from ..ground.sparse import Codes, affine_at, decode, preacts
 

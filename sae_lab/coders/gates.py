@@ -58,11 +58,12 @@ class TopK(AbstractGate):
     def scaled(self, unit: float) -> "TopK": return copy.deepcopy(self)
     def extra_repr(self) -> str: return f"k={self.k}"
 
-# %% ../../nbs/01_coders/01_gates.ipynb #c0463c6b
+# %% ../../nbs/01_coders/01_gates.ipynb #6398dede
 @gates.add("threshold", idea="everything above a threshold of its own")
 class Threshold(AbstractGate):
     "Keep pre-activations above `threshold`, where positive."
     homogeneous = affine = True
+    threshold: Tensor  # [d_sae] a buffer
 
     def __init__(self, d_sae: int, value: float = 0.0):  # latents; threshold to begin with
         super().__init__()

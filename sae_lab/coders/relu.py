@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SPARSE', 'RELU_L1', 'fires', 'relu_dense', 'relu_sparse', 'relu_l1_objective', 'relu_l1']
 
-# %% ../../nbs/01_coders/05_relu.ipynb #ff463fd6
-import torch
+# %% ../../nbs/01_coders/05_relu.ipynb #72ac3dc4
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear, mse_loss

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SMALL', 'entries', 'build', 'stat_columns', 'FeatureIndex', 'check_latent', 'open_index', 'summary', 'page']
 
-# %% ../../nbs/05_features/02_index.ipynb #e56b79e8
+# %% ../../nbs/05_features/02_index.ipynb #e8cfff8d
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -205,7 +205,7 @@ class FeatureIndex:
     def __repr__(self)->str: return f"FeatureIndex({self.folder.name}: {summary(self)})"
     def _repr_html_(self)->str: return table([summary(self)], caption=f"feature index · {self.folder.name}")
 
-# %% ../../nbs/05_features/02_index.ipynb #9a827a97
+# %% ../../nbs/05_features/02_index.ipynb #4c0e886f
 def check_latent(latent:SupportsIndex, # number of a latent
                  d_sae:int,            # how many there are
 )->int:                                # the same as an int
@@ -221,12 +221,12 @@ def open_index(folder:str|Path,    # written by `build`
     "Open a feature index; raises DamagedFile naming the file that is missing, cut short or altered."
     folder = Path(folder)
     manifest = _checked(folder, verify)
-    words = [read_json(folder/f"{name}.json") for name in ("documents", "vocab")]
-    corpus = [_mapped(folder, name) for name in ("ids", "doc", "seen", "by_token", "token_indptr")]
-    lists = [_mapped(folder, name) for name in ("indptr", "position", "value")]
+    words:dict[str, Any] = {name: read_json(folder/f"{name}.json") for name in ("documents", "vocab")}
+    arrays:dict[str, Any] = {name: _mapped(folder, name) for name in ("ids", "doc", "seen", "by_token", "token_indptr")}
+    indptr, position, value = (_mapped(folder, name) for name in ("indptr", "position", "value"))
     raw = {name: t.numpy() for name, t in load_tensors(folder/"stats.safetensors")[0].items()}
     facts = {**manifest["facts"], "hash": manifest["hash"]}
-    return FeatureIndex(folder, facts, *lists, Text(*corpus, *words), raw)
+    return FeatureIndex(folder, facts, indptr, position, value, Text(**arrays, **words), raw)
 
 
 def summary(index:FeatureIndex, # an open index

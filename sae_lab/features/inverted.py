@@ -54,12 +54,13 @@ def spill(path:Path,                            # file to write
         value.astype(np.float32, copy=False)[order].tofile(file)
     return Chunk(path, indptr.astype(np.int32))
 
-# %% ../../nbs/05_features/00_inverted.ipynb #e843800a
+# %% ../../nbs/05_features/00_inverted.ipynb #d3c35bd7
 Entries = tuple[np.ndarray, np.ndarray, np.ndarray]   # position, latent, value: one batch
 
 
-def _joined(parts:list[Entries])->Iterator[np.ndarray]:
-    return (np.concatenate(columns) for columns in zip(*parts))
+def _joined(parts:list[Entries])->Entries:
+    position, latent, value = (np.concatenate(columns) for columns in zip(*parts))
+    return position, latent, value
 
 
 def spill_all(batches:Iterable[Entries], # entries in corpus order
@@ -68,7 +69,8 @@ def spill_all(batches:Iterable[Entries], # entries in corpus order
               limit:int,                 # entries a chunk, about
 )->list[Chunk]:                          # chunks in corpus order
     "Cut a stream of entries into chunks on disk."
-    chunks, parts, held = [], [], 0
+    chunks:list[Chunk] = []
+    parts, held = [], 0
     for entries in batches:
         parts.append(entries)
         held += len(entries[0])

@@ -73,14 +73,16 @@ def silent(fired:Int[np.ndarray,"nnz"], # positions where the latent fires, risi
     start, stop = start.astype(fired.dtype), stop.astype(fired.dtype)
     return np.searchsorted(fired, start) == np.searchsorted(fired, stop)
 
-# %% ../../nbs/05_features/01_pages.ipynb #a8bf1170
+# %% ../../nbs/05_features/01_pages.ipynb #4af31868
 def distinct(text:Text,                     # the corpus
              position:Int[np.ndarray,"n"],  # candidates, best first
              count:int,                     # how many to keep at most
              context:int,                   # tokens to either side
 )->list[int]:                               # positions kept, in the order given
     "Keep candidates whose windows neither overlap nor repeat."
-    ids, kept, covered, read = text.ids.reshape(-1), [], set(), set()
+    ids, read = text.ids.reshape(-1), set()
+    kept:list[int] = []
+    covered:set[int] = set()
     if count <= 0: return kept
     starts, stops = spans(text, position, context)
     for focus, start, stop in zip(position.tolist(), starts.tolist(), stops.tolist()):
@@ -92,7 +94,7 @@ def distinct(text:Text,                     # the corpus
         if len(kept) == count: break
     return kept
 
-# %% ../../nbs/05_features/01_pages.ipynb #90552fa1
+# %% ../../nbs/05_features/01_pages.ipynb #5ec147ff
 def strongest(text:Text,                        # the corpus
               position:Int[np.ndarray,"nnz"],   # where the latent fires
               strength:Float[np.ndarray,"nnz"], # how strongly, model units
@@ -100,7 +102,8 @@ def strongest(text:Text,                        # the corpus
               context:int,                      # tokens to either side
 )->list[int]:                                   # positions, strongest first
     "The strongest activations with distinct windows."
-    pool, kept = 16 * count, []
+    pool = 16 * count
+    kept:list[int] = []
     while count > 0 and len(kept) < count:
         pool = min(pool, len(position))
         best = np.arange(pool)

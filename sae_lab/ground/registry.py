@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['T', 'Entry', 'same_origin', 'Registry']
 
-# %% ../../nbs/00_ground/02_registry.ipynb #2f522afd
+# %% ../../nbs/00_ground/02_registry.ipynb #65585cc2
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import InputError, unknown
 
 T = TypeVar("T")
 
-# %% ../../nbs/00_ground/02_registry.ipynb #399d4a4c
+# %% ../../nbs/00_ground/02_registry.ipynb #b6869f66
 @dataclass(frozen=True)
 class Entry:
     "One registered thing."
-    name: str     # what it is looked up by
-    value: object # the thing itself, mostly a function
-    meta: dict    # facts given with it: paper, idea, recipe, ...
+    name: str   # what it is looked up by
+    value: Any  # the thing itself, mostly a function
+    meta: dict  # facts given with it: paper, idea, recipe, ...
 
     def __call__(self, *args, **kwargs):
         "Call the value."

@@ -6,7 +6,7 @@
 __all__ = ['RUNS', 'scored', 'divergence', 'surprise', 'downstream_totals', 'recovered', 'per_token', 'null_sums', 'random_like',
            'measure']
 
-# %% ../../nbs/06_measures/01_downstream.ipynb #57ff9350
+# %% ../../nbs/06_measures/01_downstream.ipynb #0bbe277c
 from collections.abc import Callable, Mapping
 from functools import reduce
 from itertools import product
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..coders.contract import AbstractCoder, coders, make
 from ..ground.errors import InputError, NumericError
 from ..ground.sums import Measure, Totals
-from .reconstruction import frame, plain, reconstruction_totals, statistic, together
+from .reconstruction import plain, reconstruction_totals, statistic, together
 from ..sources.corpus import Tokens
 from ..sources.stream import Stream
 from ..sources.subject import Subject
@@ -47,7 +47,7 @@ def surprise(logits:Float[Tensor,"n d_vocab"], # next-token logits
     "Cross-entropy of each prediction."
     return torch.nn.functional.cross_entropy(logits, target, reduction="none")
 
-# %% ../../nbs/06_measures/01_downstream.ipynb #d269f2fd
+# %% ../../nbs/06_measures/01_downstream.ipynb #eb0dc70f
 def _chunk_stats(subject, part:Tokens, splices:Mapping[str, Splice])->tuple[dict[str, Tensor], Tensor]:
     count, ids = scored(part), part.ids.to(subject.device)
     keep = count.to(subject.device)
@@ -67,7 +67,8 @@ def downstream_totals(subject:Subject,               # the model
                       r:int=200,                     # replicates
 )->Totals:                                           # "n", "ce_clean"; "ce_", "kl_" of each splice, nats
     "Sum losses and divergences; raises NumericError when the subject gives NaN or infinity."
-    rows, made = max(1, 2**24 // (tokens.ids.shape[1] * subject.d_vocab)), []
+    rows = max(1, 2**24 // (tokens.ids.shape[1] * subject.d_vocab))
+    made:list[Totals] = []
     for start in range(0, len(tokens), rows):
         stats, doc = _chunk_stats(subject, tokens[start:start + rows], splices)
         bad = [name for name, stat in stats.items() if not torch.isfinite(stat).all()]
@@ -79,7 +80,7 @@ def downstream_totals(subject:Subject,               # the model
         raise InputError("no prediction that counts", "text of at least two tokens", "give more text")
     return made[0]
 
-# %% ../../nbs/06_measures/01_downstream.ipynb #407ccfb0
+# %% ../../nbs/06_measures/01_downstream.ipynb #da3daa9e
 def recovered(kind:str,  # "ce" or "kl"
               floor:str, # the ablation: "zero" or "mean"
 )->Callable[[Mapping], float]: # a function of the sums
@@ -107,8 +108,8 @@ RUNS = {"clean": "of the untouched subject", "coder": "through the coder, error 
         "zero": "with the hook at zero", "mean": "with the hook at its mean"}
 for _kind, _run in product(("ce", "kl"), RUNS):
     if (_kind, _run) == ("kl", "clean"): continue
-    _own = {"better": "lower", "null": True} if _run == "coder" else {"better": "neither", "null": False}
-    statistic("downstream", "nats per token", **_own)(per_token(_kind, _run))
+    _better = "lower" if _run == "coder" else "neither"
+    statistic("downstream", "nats per token", _better, null=_run == "coder")(per_token(_kind, _run))
 for _kind, _floor in product(("ce", "kl"), ("zero", "mean")):
     statistic("downstream", "share", "higher")(recovered(_kind, _floor))
 

@@ -8,10 +8,9 @@ __all__ = ['measures', 'Parts', 'statistic', 'evaluate', 'reflected', 'token_sta
            'dense_1', 'dense_10', 'dead', 'documents', 'reconstruction_totals', 'reconstruction', 'plain', 'together',
            'frame']
 
-# %% ../../nbs/06_measures/00_reconstruction.ipynb #9d5bfae6
+# %% ../../nbs/06_measures/00_reconstruction.ipynb #65a962bd
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import reduce
 from operator import add
 
 import numpy as np

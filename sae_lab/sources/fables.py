@@ -86,7 +86,7 @@ def render(
         here += len(piece)
     return "".join(out), spans, here - at if mark is None else mark
 
-# %% ../../nbs/02_sources/02_fables.ipynb #cc2be473
+# %% ../../nbs/02_sources/02_fables.ipynb #2b909f63
 class Teller:
     "Tells one story, sentence by sentence, and keeps what happened in it."
 
@@ -96,8 +96,11 @@ class Teller:
         rng: Random,  # source of chance for wording
     ):
         self.world, self.rng, self.facts = world, rng, facts_of(world)
-        self.pieces, self.labels, self.size = [], [], 0
-        self.used, self.gifts, self.known = set(), [], "ab"
+        self.pieces: list[str] = []
+        self.labels: list[Label] = []
+        self.used: set[str] = set()  # templates
+        self.gifts: list[list] = []  # giver, receiver, number of the template
+        self.size, self.known = 0, "ab"
         self.spare = list(world.things[8:])
         self.holder: tuple[str, str] | None = None  # slot of the receiver, the thing
 
@@ -118,6 +121,7 @@ class Teller:
         role: str,  # the sentence's part in the story
         template: str,  # a sentence with slots
         gap: str = " ",  # white space before it
+        /,
         **bound: Mapping[str, Form],  # answers to slots for this sentence alone
     ) -> None:
         "Add a sentence with its role."
@@ -129,7 +133,7 @@ class Teller:
         self.labels.append(Label("role", role, start, self.size))
         self.labels += [Label(*span) for span in spans]
 
-# %% ../../nbs/02_sources/02_fables.ipynb #95c15baa
+# %% ../../nbs/02_sources/02_fables.ipynb #e5f7228f
 BRIEF = 14  # pieces (a sentence and the gap before it are two) after which gifts go unremarked
 
 
@@ -141,8 +145,8 @@ def give(
     rng, io = story.rng, lexicon()["io"]
     cast, thing, known = _exchange(story)
     template = story.fresh(io["train"])
-    bound = {key: story.facts[who] for key, who in zip("xysr", cast, strict=True)}
-    bound |= {"g": thing_forms(thing, known=known), "l": _where(story)}
+    bound: dict[str, Mapping[str, Form]] = {"g": thing_forms(thing, known=known), "l": _where(story)}
+    bound |= {key: story.facts[who] for key, who in zip("xysr", cast, strict=True)}
     story.say(role, template.replace("{t}", pick(rng, io["tail"])), **bound)
     story.gifts.append([bound["s"][""][1], bound["r"][""][1], io["train"].index(template)])
     shown = "{~showed}" in template

@@ -108,7 +108,7 @@ def _ahead(subject, coder, hooks:Ports, tokens, where, edit, keep)->dict[str, Ca
     parts = written(coder, x, edit, keep).split(hooks.widths, -1)
     return {name: placed(part, where, keep) for name, part in zip(hooks.write, parts)}
 
-# %% ../../nbs/03_splice/00_splice.ipynb #73b72ab0
+# %% ../../nbs/03_splice/00_splice.ipynb #70e38d93
 MODES, ERRORS = ("reconstruct", "zero", "mean"), ("keep", "drop")
 Where = Bool[Tensor, "batch pos"] | None   # tokens to change; None: all text
 
@@ -134,7 +134,8 @@ class Splice:
         "What `Subject.run_with` is to change; empty when nothing would."
         where, keep = self.where(tokens) if where is None else where, self.error == "keep"
         if self.mode != "reconstruct":
-            level = torch.zeros(sum(self.ports.widths)) if self.mode == "zero" else self.mean
+            level = torch.zeros(sum(self.ports.widths))
+            if self.mode == "mean" and self.mean is not None: level = self.mean
             levels = zip(self.ports.write, level.split(self.ports.widths))
             return {name: constant(part, where) for name, part in levels}
         if self.edit is None and keep: return {}
