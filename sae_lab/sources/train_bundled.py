@@ -1,8 +1,9 @@
 """Trains the bundled subject: a small GPT-2 on the text that ships with Python and on fables.
 
-Run `python -m sae_lab.sources.train_bundled --out sae_lab/data/subject`; a run that was stopped goes on with `--resume`.
-Tokenised text and checkpoints are kept in the folder `--work`; the batch at a step depends on the step alone, so a resumed
-run ends in the same bits. `--card` measures the finished model and writes its model card.
+Run `python -m sae_lab.sources.train_bundled --out sae_lab/data/subject`; a run that was stopped (SIGTERM stops it after the
+step and exports what there is) goes on with `--resume`, to fewer `--tokens` if need be. Tokenised text and checkpoints are
+kept in the folder `--work`. The batch at a step depends on the step alone, so a resumed run is the run that was never
+stopped. `--card` measures the finished model and writes its model card.
 """
 
 import argparse
@@ -12,11 +13,14 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +34,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sae_lab.sources.documents import Document
-from sae_lab.sources.fables import fables, lexicon
+from sae_lab.sources.fable_worlds import lexicon
+from sae_lab.sources.fables import fables
 from sae_lab.sources.python_docs import python_docs
 
 log = logging.getLogger("sae_lab.train_bundled")
@@ -42,18 +47,22 @@ SOURCES = ("python_docs", "fables")
 class Plan:
     "Everything that decides the trained weights, apart from the machine."
 
-    tokens: int = 36_000_000  # training tokens, both sources together
+    tokens: int = 16_000_000  # training tokens, both sources together
     d_vocab: int = 4096  # vocabulary, the end-of-text token included
     n_ctx: int = 256  # context, tokens
     d_model: int = 128  # width of the residual stream
     n_layers: int = 4
     n_heads: int = 4
-    batch_rows: int = 32  # contexts in one optimiser step
+    init: float = 0.05  # standard deviation of the first weights
+    embed_init: float = 0.4  # standard deviation of the first token embeddings; positions get half of it
+    final_gain: float = 0.2  # first gain of the last layer norm, so that large embeddings give calm logits
+    batch_rows: int = 16  # contexts in one optimiser step
     micro_rows: int = 8  # contexts in one forward pass
-    lr: float = 3e-3  # highest learning rate
+    lr: float = 2.5e-3  # highest learning rate
+    embed_lr: float = 3.0  # times that rate for embeddings, which start larger than other weights
     warmup: float = 0.02  # share of the steps over which the rate rises
     decay: float = 0.5  # last share of the steps, over which it falls to 0
-    weight_decay: float = 0.1  # on matrices only
+    weight_decay: float = 0.1  # on matrices, embeddings excepted
     seed: int = 0  # weights and order of the batches
     train_seed: int = 0  # fables to train on
     heldout_seed: int = 1  # fables never trained on
@@ -64,9 +73,9 @@ class Plan:
     compile: bool = True  # fuse the forward and backward pass; False gives the same model more slowly
 
     @property
-    def steps(self) -> int:
-        "Optimiser steps in the run."
-        return max(1, self.tokens // (self.batch_rows * self.n_ctx))
+    def rows(self) -> int:
+        "Contexts in the run: whole batches."
+        return max(1, self.tokens // (self.batch_rows * self.n_ctx)) * self.batch_rows
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -100,10 +109,10 @@ def fable_texts(
     chunk: int = 2000,  # fables made by one call of a worker
 ) -> Iterator[str]:  # endless
     "Texts of fables in order, made by a pool of processes."
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        for group in range(0, 1 << 40, 8):
-            jobs = [(seed, (group + i) * chunk, chunk) for i in range(8)]
-            yield from chain.from_iterable(pool.imap(_fable_texts, jobs))
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for first in count(0, 8 * chunk):
+            jobs = [(seed, first + i * chunk, chunk) for i in range(8)]
+            yield from chain.from_iterable(pool.map(_fable_texts, jobs))
 
 
 def _take_chars(texts: Iterable[str], chars: int) -> Iterator[str]:
@@ -212,14 +221,14 @@ def _order(n: int, *key: int) -> Int[np.ndarray, "n"]:
 def rows_at(
     stream: Int[np.ndarray, "n"],  # token ids of one source
     first: int,  # running number of the first row in the whole run
-    count: int,  # rows
+    n: int,  # rows
     n_ctx: int,  # tokens in a row
     seed: int,  # decides the order
 ) -> Int[np.ndarray, "batch pos"]:  # a pure function of the arguments
     "Rows of an endless shuffled reading: each epoch visits all rows once, cut at another offset."
-    body, rows = n_ctx - 1, np.zeros((count, n_ctx), np.int64)
+    body, rows = n_ctx - 1, np.zeros((n, n_ctx), np.int64)
     per_epoch = len(stream) // body - 1
-    for i in range(count):
+    for i in range(n):
         epoch, place = divmod(first + i, per_epoch)
         offset = int(_order(body, seed, epoch, 1)[0]) + body * int(_order(per_epoch, seed, epoch)[place])
         rows[i, 1:] = stream[offset : offset + body]
@@ -228,22 +237,36 @@ def rows_at(
 
 def batch_at(
     streams: list[Int[np.ndarray, "n"]],  # one per source
-    step: int,  # optimiser step, from 0
+    done: int,  # contexts read before
     plan: Plan,  # sizes and seed
 ) -> Int[Tensor, "batch pos"]:  # the sources alternate, so every forward pass sees both
-    "The batch of a step, half from each source."
-    each = plan.batch_rows // len(streams)
-    parts = [rows_at(s, step * each, each, plan.n_ctx, plan.seed + i) for i, s in enumerate(streams)]
+    "The batch after `done` contexts, half from each source."
+    n = len(streams)
+    parts = [rows_at(s, done // n, plan.batch_rows // n, plan.n_ctx, plan.seed + i) for i, s in enumerate(streams)]
     return torch.from_numpy(np.stack(parts, 1).reshape(-1, plan.n_ctx))
 
 
 # --------------------------------------------------------------------------------------------------------------- model
 
 
+def sinusoids(
+    n_ctx: int,  # positions
+    width: int,  # even number of columns
+) -> Float[Tensor, "n_ctx width"]:  # sines and cosines with wavelengths from 4 to 2 * n_ctx tokens
+    "First position embeddings: with these a head that looks one token back is a rotation, not a table to be learned."
+    wavelengths = torch.logspace(2, torch.tensor(2.0 * n_ctx).log2().item(), width // 2, base=2)
+    angles = torch.arange(n_ctx)[:, None] * (2 * torch.pi / wavelengths)
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
 def new_model(
     plan: Plan,  # sizes and seed
 ) -> GPT2LMHeadModel:  # untrained, without dropout
-    "A GPT-2 of the plan's size with weights drawn from its seed."
+    """A GPT-2 of the plan's size with weights drawn from its seed.
+
+    Embeddings start larger than usual: tied embeddings of 0.02 are drowned by what the first block writes, and names, which
+    differ in nothing but their embedding, then stay indistinguishable for most of a short run.
+    """
     config = GPT2Config(
         vocab_size=plan.d_vocab,
         n_positions=plan.n_ctx,
@@ -252,13 +275,19 @@ def new_model(
         n_head=plan.n_heads,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
+        initializer_range=plan.init,
         attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        return GPT2LMHeadModel(config)
+        model = GPT2LMHeadModel(config)
+    body = model.transformer
+    body.wte.weight.data.mul_(plan.embed_init / plan.init)
+    body.wpe.weight.data.copy_(sinusoids(plan.n_ctx, plan.d_model) * plan.embed_init * 0.5**0.5)
+    body.ln_f.weight.data.fill_(plan.final_gain)
+    return model
 
 
 def _project(x: Tensor, conv: torch.nn.Module) -> Tensor:
@@ -295,12 +324,12 @@ def token_losses(
 
 
 def rate_at(
-    step: int,  # optimiser step, from 0
+    done: int,  # contexts read before the step
     plan: Plan,  # warm-up, decay, highest rate
 ) -> float:  # learning rate
     "Warm-up, a plateau, and a straight fall to 0: on the plateau the end of the run can still be moved."
-    rise = (step + 1) / max(1.0, plan.warmup * plan.steps)
-    fall = (plan.steps - step) / max(1.0, plan.decay * plan.steps)
+    rise = (done + plan.batch_rows) / max(1.0, plan.warmup * plan.rows)
+    fall = (plan.rows - done) / max(1.0, plan.decay * plan.rows)
     return plan.lr * min(1.0, rise, fall)
 
 
@@ -308,11 +337,14 @@ def new_optimiser(
     model: GPT2LMHeadModel,  # the model to train
     plan: Plan,  # weight decay
 ) -> torch.optim.AdamW:  # one group decayed, one not
-    "AdamW with weight decay on matrices and none on gains and biases."
-    parameters = list(model.parameters())
+    "AdamW with weight decay on the matrices of the blocks and none on embeddings, gains and biases."
+    body = model.transformer
+    matrices = [p for p in body.h.parameters() if p.dim() == 2]
+    vectors = [p for p in body.parameters() if p.dim() < 2]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": plan.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": plan.weight_decay, "factor": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
+        {"params": [body.wte.weight, body.wpe.weight], "weight_decay": 0.0, "factor": plan.embed_lr},
     ]
     return torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.95), fused=True)
 
@@ -321,7 +353,7 @@ def save_checkpoint(
     path: Path,  # one safetensors file, replaced in one move
     model: GPT2LMHeadModel,  # its weights
     optimiser: torch.optim.AdamW,  # its moments
-    facts: dict,  # step, seconds and plan
+    facts: dict,  # how far the run is
 ) -> None:
     "Write all that a run needs to go on."
     tensors = {}
@@ -336,7 +368,7 @@ def save_checkpoint(
 
 def checkpoint_facts(
     path: Path,  # as written by `save_checkpoint`
-) -> dict:  # step, seconds and plan
+) -> dict:  # rows, steps, seconds, and the plans followed with the row each began at
     "What a checkpoint says about its run."
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["facts"])
@@ -374,10 +406,21 @@ def train_step(
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return total
+
+
+def note_plan(
+    facts: dict,  # how far a run is
+    plan: Plan,  # what it follows from here on
+) -> dict:  # the facts with the plan and its first row, if it is another than before
+    "Keep the history of a run whose plan was changed on the way."
+    plans = facts["plans"]
+    if plans and plans[-1]["plan"] == asdict(plan):
+        return facts
+    return facts | {"plans": [*plans, {"from_row": facts["rows"], "plan": asdict(plan)}]}
 
 
 def train(
@@ -385,27 +428,26 @@ def train(
     work: Path,  # holds the token streams; receives checkpoint.safetensors
     resume: bool = False,  # go on from the checkpoint if there is one
     every: float = 180.0,  # time between checkpoints, seconds
-    stop: Callable[[int], bool] = lambda step: False,  # asked before each step; True leaves a checkpoint and returns
-) -> tuple[GPT2LMHeadModel, dict]:  # the model and the run's facts (step, seconds, plan)
-    "Run the plan from its beginning or from the checkpoint."
+    stop: Callable[[int], bool] = lambda rows: False,  # asked before each step; True leaves a checkpoint and returns
+) -> tuple[GPT2LMHeadModel, dict]:  # the model and the run's facts, as `checkpoint_facts` gives them
+    "Run the plan from its beginning or from the checkpoint, which may have followed another plan until then."
     streams = [np.memmap(work / f"{name}.train.u16", "<u2", "r") for name in SOURCES]
     model, path = new_model(plan), work / "checkpoint.safetensors"
     optimiser = new_optimiser(model, plan)
-    facts = {"step": 0, "seconds": 0.0}
+    facts = {"rows": 0, "steps": 0, "seconds": 0.0, "plans": []}
     if resume and path.exists():
         facts = load_checkpoint(path, model, optimiser)
+    facts = note_plan(facts, plan)
     loss_of = torch.compile(token_losses) if plan.compile else token_losses
-    begun, saved = time.monotonic() - facts["seconds"], time.monotonic()
-    for step in range(facts["step"], plan.steps):
-        if stop(step):
-            break
-        loss = train_step(
-            model, optimiser, batch_at(streams, step, plan), rate_at(step, plan), loss_of, plan.micro_rows
-        )
+    begun = saved = time.monotonic() - facts["seconds"]
+    while facts["rows"] < plan.rows and not stop(facts["rows"]):
+        batch, rate = batch_at(streams, facts["rows"], plan), rate_at(facts["rows"], plan)
+        loss = train_step(model, optimiser, batch, rate, loss_of, plan.micro_rows)
         now = time.monotonic()
-        facts = {"step": step + 1, "seconds": now - begun, "plan": asdict(plan)}
-        if step % 20 == 0:
-            log.info("step %d/%d loss %.4f nats/token, %.0f s", step, plan.steps, loss, now - begun)
+        if facts["steps"] % 20 == 0:
+            log.info("%d of %d rows, loss %.4f nats/token, %.0f s", facts["rows"], plan.rows, loss, now - begun)
+        steps, rows = facts["steps"] + 1, facts["rows"] + plan.batch_rows
+        facts = facts | {"steps": steps, "rows": rows, "seconds": now - begun}
         if now - saved > every:
             save_checkpoint(path, model, optimiser, facts)
             saved = now
@@ -442,11 +484,13 @@ def main(
     if options.card:
         from sae_lab.sources.bundled_card import write_card
 
-        write_card(options.out, options.work, plan)
+        write_card(options.out, options.work)
         return
     prepare(plan, options.work)
     if not options.prepare:
-        model, _ = train(plan, options.work, options.resume)
+        asked = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: asked.set())
+        model, _ = train(plan, options.work, options.resume, stop=lambda rows: asked.is_set())
         export(model, options.work, options.out)
 
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_lab.sources import bundled_card, train_bundled
 from sae_lab.sources.bundled_card import completion_scores, heldout_loss, kneser_ney, ngram_probabilities, task_accuracy
-from sae_lab.sources.fables import lexicon
+from sae_lab.sources.fable_worlds import lexicon
+from sae_lab.sources.fables import fables
 from sae_lab.sources.train_bundled import Plan, batch_at, new_model, pack, rate_at, rows_at, token_losses, train
 
 FOLDER = Path(train_bundled.__file__).parent.parent / "data" / "subject"
@@ -43,13 +44,21 @@ def subject():
 
 def test_a_stopped_run_resumes_to_the_same_bits(streams):
     whole, facts = train(TINY, streams)
-    assert facts["step"] == TINY.steps == 6
-    train(TINY, streams, stop=lambda step: step == 2)
-    train(TINY, streams, resume=True, stop=lambda step: step == 5)
+    assert facts["rows"] == TINY.rows == 24
+    train(TINY, streams, stop=lambda rows: rows == 8)
+    train(TINY, streams, resume=True, stop=lambda rows: rows == 20)
     resumed, facts = train(TINY, streams, resume=True)
-    assert facts["step"] == 6
+    assert facts["steps"] == 6 and len(facts["plans"]) == 1
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_changed_plan_is_kept_in_the_history(streams):
+    train(TINY, streams, stop=lambda rows: rows == 8)
+    shorter = replace(TINY, tokens=4 * 4 * 32, batch_rows=2)
+    _, facts = train(shorter, streams, resume=True)
+    assert facts["rows"] == 16 and facts["steps"] == 6
+    assert [part["from_row"] for part in facts["plans"]] == [0, 8]
 
 
 def test_the_training_loss_is_the_loss_of_transformers():
@@ -69,13 +78,13 @@ def test_an_epoch_visits_every_place_once():
 
 
 def test_a_batch_is_half_of_each_source():
-    batch = batch_at([np.full(500, 1), np.full(500, 2)], 3, TINY)
+    batch = batch_at([np.full(500, 1), np.full(500, 2)], 12, TINY)
     assert batch[:, 1:].unique(dim=1).flatten().tolist() == [1, 2, 1, 2]
 
 
 def test_rate_rises_and_falls_to_zero():
-    plan = replace(Plan(), tokens=1000 * 8192)
-    rates = [rate_at(step, plan) for step in range(plan.steps)]
+    plan = replace(Plan(), tokens=4_000_000)
+    rates = [rate_at(done, plan) for done in range(0, plan.rows, plan.batch_rows)]
     assert max(rates) == plan.lr and rates[0] < plan.lr / 10 and rates[-1] < plan.lr / 100
 
 
@@ -174,9 +183,9 @@ def test_task_numbers_of_the_card_are_measured_again(subject, task):
 def test_heldout_losses_of_the_card_are_measured_again(subject):
     card = json.loads((FOLDER / "card.json").read_text())
     model, tokenizer = subject
-    texts = {"fables": [text for text, _ in zip(train_bundled.fable_texts(1), range(100), strict=False)]}
+    texts = {"fables": [document.text for document in fables(1, 100)]}
     if platform.python_version() == card["python"]:
-        plan = Plan(**card["plan"])
+        plan = Plan(**card["plans"][-1]["plan"])
         texts["python_docs"] = train_bundled.library_texts(plan, heldout=True)[:100]
     for name, documents in texts.items():
         stream = np.concatenate([[*tokenizer(text)["input_ids"], 0] for text in documents])
