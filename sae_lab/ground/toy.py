@@ -104,7 +104,9 @@ def _with_ancestors(indices: Tensor, parent: Tensor | None) -> tuple[Tensor, Ten
     first[:, 1:] = found[:, 1:] != found[:, :-1]
     return found.clamp(min=0), first & (found >= 0)
 
-# %% ../../nbs/00_ground/07_toy.ipynb #1216a811
+# %% ../../nbs/00_ground/07_toy.ipynb #db3adcb3
+_OWN = 0x70795EED  # keeps the directions of seed s apart from other draws with seed s
+
 def sparse_mixture(
     n_features: int = 512,                               # known features
     d: int = 64,                                         # dimensions they share
@@ -117,7 +119,7 @@ def sparse_mixture(
     noise: float = 0.0,                                  # standard deviation a dimension
 ) -> Toy:                                                # ready to sample
     "More random unit directions than dimensions, a few of them active in each row."
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(_OWN + seed)
     directions = torch.nn.functional.normalize(torch.randn(n_features, d, generator=draw), dim=1)
     if hierarchy is not None and not bool((hierarchy < torch.arange(n_features)).all()):
         raise InputError("a feature before its parent", "parents with lower numbers", "reorder them")
