@@ -33,7 +33,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from sae_lab.ground.files import atomic
 from sae_lab.sources.documents import Document
+from sae_lab.sources.fable_tasks import indirect_object, number_agreement, pronoun_agreement
 from sae_lab.sources.fable_worlds import lexicon
 from sae_lab.sources.fables import fables
 from sae_lab.sources.python_docs import python_docs
@@ -47,7 +49,7 @@ SOURCES = ("python_docs", "fables")
 class Plan:
     "Everything that decides the trained weights, apart from the machine."
 
-    tokens: int = 16_000_000  # training tokens, both sources together
+    tokens: int = 12_000_000  # training tokens of text, both sources together
     d_vocab: int = 4096  # vocabulary, the end-of-text token included
     n_ctx: int = 256  # context, tokens
     d_model: int = 128  # width of the residual stream
@@ -58,10 +60,10 @@ class Plan:
     final_gain: float = 0.2  # first gain of the last layer norm, so that large embeddings give calm logits
     batch_rows: int = 16  # contexts in one optimiser step
     micro_rows: int = 8  # contexts in one forward pass
-    lr: float = 2.5e-3  # highest learning rate
+    lr: float = 2e-3  # highest learning rate on text
     embed_lr: float = 3.0  # times that rate for embeddings, which start larger than other weights
     warmup: float = 0.02  # share of the steps over which the rate rises
-    decay: float = 0.5  # last share of the steps, over which it falls to 0
+    decay: float = 0.7  # last share of the steps, over which it falls to 0
     weight_decay: float = 0.1  # on matrices, embeddings excepted
     seed: int = 0  # weights and order of the batches
     train_seed: int = 0  # fables to train on
@@ -70,6 +72,13 @@ class Plan:
     heldout_tokens: int = 200_000  # held-out fable tokens kept
     tokenizer_chars: int = 10_000_000  # text per source that the tokenizer learns from
     name_repeats: int = 1000  # each name is added so often, so that it is one token where no space precedes it
+    lesson_steps: int = 1000  # steps on lessons alone, before any text
+    lesson_rows: int = 128  # lessons in one of these steps
+    lesson_lr: float = 1e-3  # learning rate of these steps, embeddings included
+    review_rows: int = 32  # lessons beside each batch of text
+    review_weight: float = 0.25  # weight of their loss against that of the text
+    lesson_ctx: int = 32  # tokens in a lesson's row
+    lessons: int = 65_536  # different lessons, read again and again
     compile: bool = True  # fuse the forward and backward pass; False gives the same model more slowly
 
     @property
@@ -173,6 +182,32 @@ def write_tokens(
     return written
 
 
+def lesson_texts(
+    seed: int,  # seed of the prompts
+    n: int,  # how many
+) -> list[str]:  # half indirect objects, three tenths pronouns, two tenths numbers, shuffled
+    "Sentences of the fables' tasks up to their answer, from the training split: no held-out wording or combination."
+    shares = {indirect_object: n // 2, pronoun_agreement: 3 * n // 10}
+    shares[number_agreement] = n - sum(shares.values())
+    texts = [p.text + p.answer for make, share in shares.items() for p in make(seed, share, "train")]
+    return [texts[i] for i in np.random.default_rng(seed).permutation(n)]
+
+
+def write_lessons(
+    tokenizer: Tokenizer,  # its id 0 begins each row and fills it up
+    plan: Plan,  # seed, number, length
+    path: Path,  # file of little-endian uint16
+) -> None:
+    "Encode one lesson a row."
+    rows = np.zeros((plan.lessons, plan.lesson_ctx), "<u2")
+    texts = lesson_texts(plan.train_seed, plan.lessons)
+    for row, encoded in zip(rows, tokenizer.encode_batch_fast(texts), strict=True):
+        ids = encoded.ids[: plan.lesson_ctx - 1]
+        row[1 : len(ids) + 1] = ids
+    with atomic(path) as part:
+        rows.tofile(part)
+
+
 def prepare(
     plan: Plan,  # what to make
     work: Path,  # folder for tokenizer.json and the token files; what is there already is kept
@@ -195,6 +230,8 @@ def prepare(
     for name, (make, most) in makers.items():
         if not (path := work / f"{name}.u16").exists():
             log.info("%s: %d tokens", name, write_tokens(tokenizer, make(), path, most))
+    if not (path := work / "lessons.u16").exists():
+        write_lessons(tokenizer, plan, path)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -244,6 +281,37 @@ def batch_at(
     n = len(streams)
     parts = [rows_at(s, done // n, plan.batch_rows // n, plan.n_ctx, plan.seed + i) for i, s in enumerate(streams)]
     return torch.from_numpy(np.stack(parts, 1).reshape(-1, plan.n_ctx))
+
+
+def lessons_at(
+    lessons: Int[np.ndarray, "n pos"],  # rows of `write_lessons`
+    done: int,  # lessons read before
+    n: int,  # how many
+) -> Int[Tensor, "batch pos"]:  # in order, beginning again at the end
+    "The next lessons."
+    return torch.from_numpy(lessons[np.arange(done, done + n) % len(lessons)].astype(np.int64))
+
+
+Part = tuple[Tensor, Tensor]  # token ids, and what each prediction weighs in the loss
+
+
+def text_parts(
+    rows: Int[Tensor, "batch pos"],  # contexts of text
+    micro: int,  # rows in one forward pass
+) -> Iterator[Part]:
+    "Cut a batch into forward passes whose losses add up to the mean over its tokens."
+    weights = torch.full((len(rows), rows.shape[1] - 1), 1 / (len(rows) * (rows.shape[1] - 1)))
+    yield from zip(rows.split(micro), weights.split(micro), strict=True)
+
+
+def lesson_parts(
+    rows: Int[Tensor, "batch pos"],  # lessons
+    weight: float,  # of their mean loss
+    micro: int = 32,  # rows in one forward pass
+) -> Iterator[Part]:
+    "The same for lessons, without what fills their rows up."
+    real = (rows[:, 1:] != 0).float()
+    yield from zip(rows.split(micro), (weight * real / real.sum()).split(micro), strict=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -342,9 +410,9 @@ def new_optimiser(
     matrices = [p for p in body.h.parameters() if p.dim() == 2]
     vectors = [p for p in body.parameters() if p.dim() < 2]
     groups = [
-        {"params": matrices, "weight_decay": plan.weight_decay, "factor": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
-        {"params": [body.wte.weight, body.wpe.weight], "weight_decay": 0.0, "factor": plan.embed_lr},
+        {"params": matrices, "weight_decay": plan.weight_decay, "embeds": False},
+        {"params": vectors, "weight_decay": 0.0, "embeds": False},
+        {"params": [body.wte.weight, body.wpe.weight], "weight_decay": 0.0, "embeds": True},
     ]
     return torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.95), fused=True)
 
@@ -392,24 +460,43 @@ def load_checkpoint(
 def train_step(
     model: GPT2LMHeadModel,  # changed in place
     optimiser: torch.optim.AdamW,  # changed in place
-    rows: Int[Tensor, "batch pos"],  # the step's contexts
-    rate: float,  # learning rate
+    parts: Iterable[Part],  # forward passes of the step
+    rates: tuple[float, float],  # learning rate of the blocks and of the embeddings
     loss_of: Callable[..., Tensor],  # `token_losses` or its compiled form
-    micro: int,  # rows in one forward pass
-) -> float:  # mean loss, nats per token
+) -> float:  # weighted loss, nats per token
     "One optimiser step with gradients gathered over forward passes in bfloat16."
     total = 0.0
-    for part in rows.split(micro):
+    for rows, weights in parts:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(model, part).sum() / (rows.shape[0] * (rows.shape[1] - 1))
+            loss = (loss_of(model, rows) * weights).sum()
         loss.backward()
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimiser.param_groups:
-        group["lr"] = rate * group["factor"]
+        group["lr"] = rates[group["embeds"]]
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return total
+
+
+def next_step(
+    facts: dict,  # how far the run is
+    plan: Plan,  # what it follows
+    streams: list[Int[np.ndarray, "n"]],  # token ids of each source
+    lessons: Int[np.ndarray, "m pos"],  # rows of `write_lessons`
+) -> tuple[list[Part], tuple[float, float], dict]:  # forward passes, learning rates, facts after the step
+    "What the run does next, a pure function of how far it is: lessons first, then text with some lessons beside it."
+    after = facts | {"steps": facts["steps"] + 1}
+    if facts["steps"] < plan.lesson_steps:
+        rows = lessons_at(lessons, facts["lessons"], plan.lesson_rows)
+        rate = plan.lesson_lr * min(1.0, (facts["steps"] + 1) / 100)
+        return list(lesson_parts(rows, 1.0)), (rate, rate), after | {"lessons": facts["lessons"] + len(rows)}
+    parts = list(text_parts(batch_at(streams, facts["rows"], plan), plan.micro_rows))
+    if plan.review_rows:
+        parts += lesson_parts(lessons_at(lessons, facts["lessons"], plan.review_rows), plan.review_weight)
+    rate = rate_at(facts["rows"], plan)
+    after |= {"rows": facts["rows"] + plan.batch_rows, "lessons": facts["lessons"] + plan.review_rows}
+    return parts, (rate, rate * plan.embed_lr), after
 
 
 def note_plan(
@@ -428,26 +515,28 @@ def train(
     work: Path,  # holds the token streams; receives checkpoint.safetensors
     resume: bool = False,  # go on from the checkpoint if there is one
     every: float = 180.0,  # time between checkpoints, seconds
-    stop: Callable[[int], bool] = lambda rows: False,  # asked before each step; True leaves a checkpoint and returns
+    stop: Callable[[int], bool] = lambda steps: False,  # asked before each step; True leaves a checkpoint and returns
 ) -> tuple[GPT2LMHeadModel, dict]:  # the model and the run's facts, as `checkpoint_facts` gives them
     "Run the plan from its beginning or from the checkpoint, which may have followed another plan until then."
     streams = [np.memmap(work / f"{name}.train.u16", "<u2", "r") for name in SOURCES]
+    lessons = np.fromfile(work / "lessons.u16", "<u2").reshape(-1, plan.lesson_ctx)
     model, path = new_model(plan), work / "checkpoint.safetensors"
     optimiser = new_optimiser(model, plan)
-    facts = {"rows": 0, "steps": 0, "seconds": 0.0, "plans": []}
+    facts = {"rows": 0, "lessons": 0, "steps": 0, "seconds": 0.0, "plans": []}
     if resume and path.exists():
         facts = load_checkpoint(path, model, optimiser)
     facts = note_plan(facts, plan)
-    loss_of = torch.compile(token_losses) if plan.compile else token_losses
-    begun = saved = time.monotonic() - facts["seconds"]
-    while facts["rows"] < plan.rows and not stop(facts["rows"]):
-        batch, rate = batch_at(streams, facts["rows"], plan), rate_at(facts["rows"], plan)
-        loss = train_step(model, optimiser, batch, rate, loss_of, plan.micro_rows)
+    loss_of = torch.compile(token_losses, dynamic=False) if plan.compile else token_losses
+    begun, saved = time.monotonic() - facts["seconds"], time.monotonic()
+    while facts["rows"] < plan.rows and not stop(facts["steps"]):
+        parts, rates, after = next_step(facts, plan, streams, lessons)
+        loss = train_step(model, optimiser, parts, rates, loss_of)
         now = time.monotonic()
-        if facts["steps"] % 20 == 0:
-            log.info("%d of %d rows, loss %.4f nats/token, %.0f s", facts["rows"], plan.rows, loss, now - begun)
-        steps, rows = facts["steps"] + 1, facts["rows"] + plan.batch_rows
-        facts = facts | {"steps": steps, "rows": rows, "seconds": now - begun}
+        if facts["steps"] % 50 == 0:
+            log.info(
+                "step %d, row %d of %d: loss %.4f, %.0f s", facts["steps"], facts["rows"], plan.rows, loss, now - begun
+            )
+        facts = after | {"seconds": now - begun}
         if now - saved > every:
             save_checkpoint(path, model, optimiser, facts)
             saved = now
@@ -490,7 +579,7 @@ def main(
     if not options.prepare:
         asked = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: asked.set())
-        model, _ = train(plan, options.work, options.resume, stop=lambda rows: asked.is_set())
+        model, _ = train(plan, options.work, options.resume, stop=lambda steps: asked.is_set())
         export(model, options.work, options.out)
 
 

@@ -19,7 +19,7 @@ from sae_lab.sources.train_bundled import Plan, batch_at, new_model, pack, rate_
 
 FOLDER = Path(train_bundled.__file__).parent.parent / "data" / "subject"
 TINY = Plan(tokens=6 * 4 * 32, d_vocab=64, n_ctx=32, d_model=16, n_layers=2, n_heads=2, batch_rows=4, micro_rows=2,
-            compile=False)  # fmt: skip
+            lesson_steps=2, lesson_rows=4, review_rows=2, lesson_ctx=8, compile=False)  # fmt: skip
 
 
 @pytest.fixture
@@ -27,6 +27,8 @@ def streams(tmp_path):
     "Two short token files in a training folder."
     for i, name in enumerate(train_bundled.SOURCES):
         np.random.default_rng(i).integers(0, TINY.d_vocab, 700).astype("<u2").tofile(tmp_path / f"{name}.train.u16")
+    lessons = np.random.default_rng(2).integers(0, TINY.d_vocab, (10, TINY.lesson_ctx))
+    lessons.astype("<u2").tofile(tmp_path / "lessons.u16")
     return tmp_path
 
 
@@ -45,19 +47,19 @@ def subject():
 def test_a_stopped_run_resumes_to_the_same_bits(streams):
     whole, facts = train(TINY, streams)
     assert facts["rows"] == TINY.rows == 24
-    train(TINY, streams, stop=lambda rows: rows == 8)
-    train(TINY, streams, resume=True, stop=lambda rows: rows == 20)
+    train(TINY, streams, stop=lambda steps: steps == 1)
+    train(TINY, streams, resume=True, stop=lambda steps: steps == 5)
     resumed, facts = train(TINY, streams, resume=True)
-    assert facts["steps"] == 6 and len(facts["plans"]) == 1
+    assert facts["steps"] == 8 and facts["lessons"] == 2 * 4 + 6 * 2 and len(facts["plans"]) == 1
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_a_changed_plan_is_kept_in_the_history(streams):
-    train(TINY, streams, stop=lambda rows: rows == 8)
+    train(TINY, streams, stop=lambda steps: steps == 4)
     shorter = replace(TINY, tokens=4 * 4 * 32, batch_rows=2)
     _, facts = train(shorter, streams, resume=True)
-    assert facts["rows"] == 16 and facts["steps"] == 6
+    assert facts["rows"] == 16 and facts["steps"] == 8
     assert [part["from_row"] for part in facts["plans"]] == [0, 8]
 
 
@@ -80,6 +82,19 @@ def test_an_epoch_visits_every_place_once():
 def test_a_batch_is_half_of_each_source():
     batch = batch_at([np.full(500, 1), np.full(500, 2)], 12, TINY)
     assert batch[:, 1:].unique(dim=1).flatten().tolist() == [1, 2, 1, 2]
+
+
+def test_lessons_are_of_the_training_split():
+    texts = train_bundled.lesson_texts(0, 100)
+    assert len(set(texts)) > 90 and texts == train_bundled.lesson_texts(0, 100)
+    held = [p.text + p.answer for make in bundled_card.TASKS.values() for p in make(0, 300, "held_out")]
+    assert not set(texts) & set(held)
+
+
+def test_what_fills_a_lesson_up_weighs_nothing():
+    rows = torch.tensor([[0, 5, 6, 0], [0, 7, 0, 0]])
+    ((same, weights),) = train_bundled.lesson_parts(rows, 0.5)
+    assert torch.equal(same, rows) and torch.allclose(weights * 6, torch.tensor([[1.0, 1, 0], [1, 0, 0]]))
 
 
 def test_rate_rises_and_falls_to_zero():
