@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOPK', 'variance', 'reports', 'auxk', 'explain', 'topk_objective', 'tied', 'topk']
 
-# %% ../../nbs/01_coders/03_topk.ipynb #5b1a8e5a
+# %% ../../nbs/01_coders/03_topk.ipynb #2d01c5f8
 from collections.abc import Callable
 
 import torch
@@ -17,7 +17,7 @@ from .contract import Hints, Loss, Recipe, register
 from .dictionary import Dictionary, training_inputs, unit_rows
 from .gates import TopK
 from ..ground.errors import InputError
-from ..ground.sparse import Codes, decode, topk_dead, topk_encode
+from ..ground.sparse import Codes, decode, revive, topk_encode
 
 # %% ../../nbs/01_coders/03_topk.ipynb #1cb1210b
 def variance(y: Float[Tensor, "n d_out"], # targets
@@ -34,7 +34,7 @@ def reports(codes: Codes,                  # of the batch
     left, fires = left.detach(), (codes.values.detach() != 0).sum()
     return {"mse": left / codes.n, "fvu": left / total, "l0": fires / codes.n}
 
-# %% ../../nbs/01_coders/03_topk.ipynb #dfbea253
+# %% ../../nbs/01_coders/03_topk.ipynb #cfaf9b1a
 def auxk(coder: Dictionary,                # in training units
          x: Float[Tensor, "n d_in"],       # what is encoded: `training_inputs`
          bias: Float[Tensor, " d_sae"],    # and its bias
@@ -42,10 +42,8 @@ def auxk(coder: Dictionary,                # in training units
          hints: Hints,                     # which latents are dead, at least one
          ) -> Float[Tensor, ""]:           # summed squared error
     "How far the strongest dead latents are from the residual (Gao et al. 2024)."
-    n_dead, k_aux = int(hints.dead.sum()), max(1, coder.d_in // 2)
-    codes = topk_dead(x, coder.enc, bias, hints.dead, min(k_aux, n_dead))
-    left = mse_loss(decode(codes, coder.dec), error.detach(), reduction="sum")
-    return min(n_dead / k_aux, 1.0) * left
+    found = revive(x, coder.enc, bias, coder.dec, hints.dead, max(1, coder.d_in // 2))
+    return mse_loss(found, error.detach(), reduction="sum")
 
 def explain(coder: Dictionary,            # in training units
             x: Float[Tensor, "n d_in"],   # inputs
@@ -60,9 +58,9 @@ def explain(coder: Dictionary,            # in training units
     y_hat = decode(codes, coder.dec, coder.b_dec, hints.pool)
     if coder.W_skip is not None: y_hat = y_hat + x @ coder.W_skip
     left, total = mse_loss(y_hat, y, reduction="sum"), variance(y)
-    revive = auxk(coder, inputs, bias, y - y_hat.detach(), hints) if hints.dead.any() else 0 * total
-    parts = reports(codes, left, total) | {"auxk": revive.detach() / total}
-    return Loss((left + aux * revive) / total, parts, codes)
+    left_over = auxk(coder, inputs, bias, y - y_hat.detach(), hints) if hints.dead.any() else 0 * total
+    parts = reports(codes, left, total) | {"auxk": left_over.detach() / total}
+    return Loss((left + aux * left_over) / total, parts, codes)
 
 def topk_objective(coder: Dictionary,            # with a TopK gate, in training units
                    x: Float[Tensor, "n d_in"],   # inputs, training units

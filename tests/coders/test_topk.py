@@ -21,7 +21,7 @@ def dense_loss(coder, x, y, hints, select, aux=1 / 32):
     among = pre.where(hints.dead, -torch.inf)
     kth = among.detach().topk(min(k_aux, n_dead)).values[:, -1:]
     revived = torch.where(among.detach() >= kth, pre, 0).relu() @ coder.dec
-    revive = min(n_dead / k_aux, 1) * (error.detach() - revived).square().sum()
+    revive = (error.detach() - revived).square().sum()
     return (error.square().sum() + aux * revive) / total, z
 
 
