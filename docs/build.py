@@ -8,8 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, SOURCE = ROOT / "_docs", ROOT / "_docs" / ".source"
-LAYERS = {"00_ground": "Ground", "01_coders": "Coders", "02_sources": "Sources", "03_splice": "Splice", "04_training": "Training",
-          "05_features": "Features", "06_measures": "Measures", "09_views": "Views", "10_lab": "Lab"}
+LAYERS = {"00_ground": "Ground", "01_coders": "Coders", "02_sources": "Sources", "03_splice": "Splice",
+          "04_training": "Training", "05_features": "Features", "06_measures": "Measures", "09_views": "Views",
+          "10_lab": "Lab"}
 
 
 def page(notebook: Path, target: Path) -> None:
@@ -54,6 +55,8 @@ def about() -> list[str]:
         target = SOURCE / "about" / path.relative_to(ROOT / "docs")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
+    for path in (ROOT / "docs").rglob("*.svg"):  # pictures in them
+        shutil.copy(path, SOURCE / "about" / path.relative_to(ROOT / "docs"))
     return [str(p.relative_to(ROOT / "docs").with_suffix("")) for p in pages]
 
 

@@ -6,16 +6,17 @@
 __all__ = ['QUANTITIES', 'home', 'packed', 'in_notebook', 'status', 'Monitor', 'watch', 'pick', 'collect', 'train', 'measured',
            'measure', 'index', 'show', 'save', 'reopen', 'Lab']
 
-# %% ../nbs/10_lab/03_lab.ipynb #2e3cc331
+# %% ../nbs/10_lab/03_lab.ipynb #7a7e6585
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -45,7 +46,7 @@ def home() -> Path:  # need not exist yet
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return Path(os.environ.get("SAE_LAB_HOME", cache / "sae_lab"))
 
-# %% ../nbs/10_lab/03_lab.ipynb #2a8329fd
+# %% ../nbs/10_lab/03_lab.ipynb #78616607
 def _subject(subject: str | Subject, device: str) -> Subject:
     if isinstance(subject, Subject): return subject
     return Subject.bundled(device=device) if subject == "bundled" else Subject.load(subject, device=device)
@@ -57,7 +58,8 @@ def packed(
     tokens: int,  # usable tokens wanted
 ) -> Tokens:  # packed sequences of that part, kept in the lab's folder
     "Tokens of one part of the corpus."
-    made = {"subject": lab.subject.identity, "corpus": dict(lab.corpus.provenance), "part": part, "tokens": tokens, "seed": lab.seed}
+    made = {"subject": lab.subject.identity, "corpus": dict(lab.corpus.provenance), "part": part, "tokens": tokens,
+            "seed": lab.seed}
     path = lab.folder / "tokens" / f"{part}-{hash_json(made)}.safetensors"
     if path.is_file(): return Tokens.load(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +67,7 @@ def packed(
     kept.save(path)
     return kept
 
-# %% ../nbs/10_lab/03_lab.ipynb #ecde4037
+# %% ../nbs/10_lab/03_lab.ipynb #4a7771a5
 def in_notebook() -> bool:  # True where displays can be updated
     "Whether this runs in a kernel with a display."
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
@@ -77,7 +79,8 @@ def status(
     total: int,  # tokens of the whole run
 ) -> str:  # one line
     "Where a run stands, in a line."
-    parts = [f"{name} FVU {x.get('fvu', x['loss']):.3f} L0 {x['l0']:.0f} dead {x['dead']:.0%}" for name, x in event.losses.items()]
+    parts = [f"{name} FVU {x.get('fvu', x['loss']):.3f} L0 {x['l0']:.0f} dead {x['dead']:.0%}"
+             for name, x in event.losses.items()]
     return f"{event.tokens:,} of {total:,} tokens, {event.seconds:.0f} s · " + " · ".join(parts)
 
 
@@ -88,7 +91,8 @@ class Monitor:
     "Curves of a run that move while it trains, with a line of text where there is no picture."
 
     def __init__(self, total: int):  # total: tokens of the whole run
-        self.total, self.steps, self.handle, self.drawn = total, [], None, 0.0
+        self.total, self.handle, self.drawn = total, None, 0.0
+        self.steps: list[Step] = []
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         view = training_curves(self.steps, DENSITY_EDGES, QUANTITIES)
@@ -107,9 +111,9 @@ class Monitor:
         if self.handle is None: self.handle = display(self, display_id=True)
         else: self.handle.update(self)
 
-# %% ../nbs/10_lab/03_lab.ipynb #c12e3987
+# %% ../nbs/10_lab/03_lab.ipynb #125a9165
 def watch(
-    events: Iterator[Event],  # of `fit`
+    events: Generator[Event, None, None],  # of `fit`
     total: int,  # tokens of the whole run
     show: bool = True,  # False: silent
 ) -> dict[str, AbstractCoder]:  # the trained coders
@@ -122,38 +126,19 @@ def watch(
             if isinstance(event, Finished): return event.coders
     raise Stopped("The run ended before its end", "a run that finishes", "Look at its log.jsonl.")
 
-# %% ../nbs/10_lab/03_lab.ipynb #5cf29881
-def _subject(subject: str | Subject, device: str) -> Subject:
-    if isinstance(subject, Subject): return subject
-    return Subject.bundled(device=device) if subject == "bundled" else Subject.load(subject, device=device)
-
-
-def packed(
-    lab: "Lab",  # whose subject, corpus and seed
-    part: str,  # "fit", "explain" or "score"
-    tokens: int,  # usable tokens wanted
-) -> Tokens:  # packed sequences of that part
-    "Tokens of one part of the corpus."
-    made = {"subject": lab.subject.identity, "corpus": dict(lab.corpus.provenance), "part": part, "tokens": tokens, "seed": lab.seed}
-    path = lab.folder / "tokens" / f"{part}-{hash_json(made)}.safetensors"
-    if path.is_file(): return Tokens.load(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = lab.corpus.split(part, seed=lab.seed).tokens(lab.subject, tokens)
-    text.save(path)
-    return text
-
-
+# %% ../nbs/10_lab/03_lab.ipynb #ad05ce3d
 def pick(
     lab: "Lab",  # the lab
     coder: str | None,  # name of a coder; None: the last one trained or asked for
 ) -> str:  # its name
     "Name a coder of the lab; raises `InputError` while there is none, `UnknownName` for a wrong name."
-    if not lab.coders: raise InputError("The lab has no coder yet", "a trained coder", "Call lab.train(d_sae=512, k=32) first.")
+    if not lab.coders:
+        raise InputError("The lab has no coder yet", "a trained coder", "Call lab.train(d_sae=512, k=32) first.")
     if coder is not None and coder not in lab.coders: raise unknown("coder", coder, lab.coders)
     lab.last = coder or lab.last or next(iter(lab.coders))
     return lab.last
 
-# %% ../nbs/10_lab/03_lab.ipynb #b7e4b0d9
+# %% ../nbs/10_lab/03_lab.ipynb #66fd4bf1
 def collect(
     lab: "Lab",  # the lab
     hook: str | Sequence[str] = "blocks.1.mlp.hook_post",  # one hook or several, by TransformerLens names
@@ -175,7 +160,8 @@ def train(
     **args: object,  # of the coder: k=32, ...
 ) -> dict[str, AbstractCoder]:  # "kind-size" -> trained coder in model units, also in `lab.coders`
     "Train one dictionary a size, all on one stream; those trained before are loaded."
-    if lab.store is None: raise InputError("There are no activations yet", "collected activations", "Call lab.collect(hook=...) first.")
+    if lab.store is None:
+        raise InputError("There are no activations yet", "collected activations", "Call lab.collect(hook=...) first.")
     source, settings = lab.store.source(seed=lab.seed), settings or {}
     width = sum(source.widths.values())
     fresh = {f"{kind}-{size}": make(kind, d_in=width, d_sae=size, seed=lab.seed, **args)
@@ -186,17 +172,18 @@ def train(
     if missing:
         log = lab.folder / "runs" / hash_json(sorted(places[name].name for name in missing))
         places[next(iter(missing))].parent.mkdir(parents=True, exist_ok=True)
-        for name, coder in watch(fit(missing, source, seed=lab.seed, folder=log, **settings), source.n_tokens, show).items():
-            coder.save(places[name])
+        events = fit(missing, source, seed=lab.seed, folder=log, **settings)
+        for name, coder in watch(events, source.n_tokens, show).items(): coder.save(places[name])
         shutil.rmtree(log)
     lab.coders |= {name: load(place) for name, place in places.items()}
     lab.last = next(iter(places))
     return {name: lab.coders[name] for name in places}
 
-# %% ../nbs/10_lab/03_lab.ipynb #c849325c
+# %% ../nbs/10_lab/03_lab.ipynb #9e0f1b98
 def _again(facts: dict) -> Measure:
     "A measure from its dictionary: an interval that could not be made was written as nothing."
-    return Measure(**{key: math.nan if value is None and key in ("value", "low", "high") else value for key, value in facts.items()})
+    absent = {key: math.nan for key in ("value", "low", "high") if facts[key] is None}
+    return Measure(**{**facts, **absent})
 
 
 def measured(
@@ -255,20 +242,21 @@ def show(
         table = logit_table(lab.subject.logit_weights(hook, direction)[0].tolist(), lab.vocabulary)
     return latent_card(page, table, float(direction.norm()), pages.n_tokens, f"{name} · {hook} · {lab.corpus.name}")
 
-# %% ../nbs/10_lab/03_lab.ipynb #89cd677c
+# %% ../nbs/10_lab/03_lab.ipynb #dddb6690
 def save(
     lab: "Lab",  # the lab
     folder: str | Path,  # made or replaced whole
 ) -> Path:  # the folder
     "Write the lab's coders, indexes, measures and text."
-    facts = {"format": "sae_lab.lab/1", "subject": lab.given, "identity": lab.subject.identity, "corpus": dict(lab.corpus.provenance),
-             "name": lab.corpus.name, "seed": lab.seed, "last": lab.last, "coders": {}, "indexes": {}}
+    facts: dict[str, Any] = {
+        "format": "sae_lab.lab/1", "subject": lab.given, "identity": lab.subject.identity,
+        "corpus": dict(lab.corpus.provenance), "name": lab.corpus.name, "seed": lab.seed, "last": lab.last,
+        "indexes": {name: pages.folder.name for name, pages in lab.indexes.items()}}
     with atomic_folder(folder) as part:
         for name, coder in lab.coders.items():
             coder.save(part / "coders" / name)
-        for name, pages in lab.indexes.items():
+        for pages in lab.indexes.values():
             shutil.copytree(pages.folder, part / "indexes" / pages.folder.name)
-            facts["indexes"][name] = pages.folder.name
         for kind in ("measures", "tokens"):
             if (lab.folder / kind).is_dir(): shutil.copytree(lab.folder / kind, part / kind)
         write_json(part / "lab.json", facts | {"coders": list(lab.coders)})
@@ -286,16 +274,19 @@ def reopen(
     if not path.is_file(): raise DamagedFile(f"{folder} holds no lab", "a folder written by Lab.save", path=str(path))
     facts = read_json(path)
     subject = subject or facts["subject"]
-    if subject is None: raise InputError("The saved lab was given a model", "that model", "Call Lab.open(folder, subject=...).")
+    if subject is None:
+        raise InputError("The saved lab was given a model", "that model", "Call Lab.open(folder, subject=...).")
     lab = Lab(subject, corpus or facts["name"], folder, facts["seed"], device)
     if lab.subject.identity != facts["identity"]:
-        raise InputError(f"The subject is {lab.subject.identity}", f"{facts['identity']}", "Open the lab with the subject it was made with.")
+        raise InputError(f"The subject is {lab.subject.identity}", f"{facts['identity']}",
+                         "Open the lab with the subject it was made with.")
     lab.coders = {name: load(Path(folder) / "coders" / name, device) for name in facts["coders"]}
-    lab.indexes = {name: FeatureIndex.open(Path(folder) / "indexes" / place) for name, place in facts["indexes"].items()}
+    lab.indexes = {name: FeatureIndex.open(Path(folder) / "indexes" / place)
+                   for name, place in facts["indexes"].items()}
     lab.last = facts["last"]
     return lab
 
-# %% ../nbs/10_lab/03_lab.ipynb #1e82047d
+# %% ../nbs/10_lab/03_lab.ipynb #23dcf669
 class Lab:
     "A subject, text, and the work done on them, kept in a folder."
     collect, train, measure, index, show, save = collect, train, measure, index, show, save
@@ -324,6 +315,6 @@ class Lab:
         return self.subject.strings(torch.arange(self.subject.d_vocab))
 
     def _repr_html_(self) -> str:
-        return table([{"subject": self.subject.name, "corpus": self.corpus.name, "tokens": self.store.n_tokens if self.store else 0,
-                       "coders": ", ".join(self.coders) or "none", "indexes": ", ".join(self.indexes) or "none",
-                       "folder": str(self.folder)}], caption="Lab")
+        return table([{"subject": self.subject.name, "corpus": self.corpus.name,
+                       "tokens": self.store.n_tokens if self.store else 0, "coders": ", ".join(self.coders) or "none",
+                       "indexes": ", ".join(self.indexes) or "none", "folder": str(self.folder)}], caption="Lab")

@@ -27,7 +27,7 @@ def notebook(
         if place.is_file(): return place
     raise InputError(f"There is no notebook {name!r}", f"one of {', '.join(map(str, places))}", "Reinstall sae_lab.")
 
-# %% ../nbs/10_lab/02_tour.ipynb #2f9af76f
+# %% ../nbs/10_lab/02_tour.ipynb #606d6e68
 def run_notebook(
     source: Path,  # notebook to run; it is not changed
     target: Path,  # where the executed notebook goes, written atomically also when a cell fails
@@ -52,7 +52,8 @@ def run_notebook(
         if cell_index in headings: say(f"[{cell_index + 1}/{len(book.cells)}] {headings[cell_index]}", False)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    client = Client(book, timeout=None, kernel_name="python3", on_cell_start=announce, resources={"metadata": {"path": str(target.parent)}})
+    client = Client(book, timeout=None, kernel_name="python3", on_cell_start=announce,
+                    resources={"metadata": {"path": str(target.parent)}})
     try: client.execute()
     finally:
         with atomic(target) as path: nbformat.write(book, path)
@@ -70,7 +71,7 @@ def _headings(cells):
             found[at], waiting = waiting, None
     return found
 
-# %% ../nbs/10_lab/02_tour.ipynb #21a0315a
+# %% ../nbs/10_lab/02_tour.ipynb #965d2adb
 def write_page(
     executed: Path,  # an executed notebook
     target: Path,  # where the HTML page goes, written atomically
@@ -79,7 +80,8 @@ def write_page(
     try: from nbconvert import HTMLExporter
     except ImportError as error:
         raise Unavailable("Writing the page needs nbconvert", do='pip install "sae_lab[notebook]"') from error
-    exporter = HTMLExporter(template_name="lab", exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)
+    exporter = HTMLExporter(template_name="lab", exclude_input_prompt=True, exclude_output_prompt=True,
+                            embed_images=True)
     for name in exporter.trait_names():
         if name.endswith("_url"): setattr(exporter, name, "")
     body, _ = exporter.from_filename(str(executed))

@@ -23,7 +23,8 @@ def built(tmp_path_factory):
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)], cwd=copy, check=True, capture_output=True)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True)
     return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
 
 
@@ -31,7 +32,8 @@ def test_contents(built):
     "Modules, static files, the bundled subject, notebooks and tests are inside."
     wheel, archive = built
     inside = set(zipfile.ZipFile(wheel).namelist())
-    for name in ("sae_lab/lab.py", "sae_lab/data/subject/model.safetensors", "sae_lab/data/subject/tokenizer.json", "sae_lab/data/fables.json",
+    for name in ("sae_lab/lab.py", "sae_lab/data/subject/model.safetensors",
+                 "sae_lab/data/subject/tokenizer.json", "sae_lab/data/fables.json",
                  "sae_lab/nbs/tutorials/tour.ipynb", "sae_lab/tests/test_contracts.py", "sae_lab/bench/train.py"):
         assert name in inside, name
     static = {f"sae_lab/static/{p.name}" for p in (ROOT / "sae_lab" / "static").glob("*.*")}
@@ -47,7 +49,8 @@ def test_installed_wheel_runs(built, tmp_path):
     python = tmp_path / "env" / "bin" / "python"
     purelib = Path(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
                                   capture_output=True, text=True, check=True).stdout.strip())
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(purelib), str(built[0])], check=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(purelib)]
+    subprocess.run([*install, str(built[0])], check=True)
     import torch  # what the package needs is lent from here; the package itself is not: a .pth adds no editable install
     (purelib / "lent.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
     cells = []

@@ -69,7 +69,8 @@ def layer(name):
     return LAYERS.index(head) if head in LAYERS else len(LAYERS)
 
 
-@pytest.mark.parametrize("path", [p for p in modules() if p.name != "__init__.py"], ids=lambda p: str(p.relative_to(LIB)))
+@pytest.mark.parametrize("path", [p for p in modules() if p.name != "__init__.py"],
+                         ids=lambda p: str(p.relative_to(LIB)))
 def test_imports_run_downward(path):
     "No module imports from a layer above its own."
     own = layer("sae_lab." + ".".join(path.relative_to(LIB).with_suffix("").parts))
@@ -134,7 +135,8 @@ def test_public_definitions_are_shown(path):
     "After a public definition the next code cell shows or asserts."
     code = [s for t, s in cells(path) if t == "code"]
     for at, source in enumerate(code[:-1]):
-        if re.search(r"^#\| *export\b", source, re.M) and re.search(r"^(def|class) [a-z]\w*|^class [A-Z]", source, re.M):
+        public = re.search(r"^(def|class) [a-z]\w*|^class [A-Z]", source, re.M)
+        if public and re.search(r"^#\| *export\b", source, re.M):
             rest = next((s for s in code[at + 1:] if not re.search(r"^#\| *export\b", s, re.M)), "")
             assert rest.strip(), f"nothing shows what this defines: {source[:80]}"
 
@@ -174,8 +176,8 @@ def test_public_tensors_have_shapes():
     "No public function takes or gives a tensor without its axes."
     import torch
 
-    bare = [f"{f.__module__}.{n}({key})" for n, f in public_functions() for key, note in getattr(f, "__annotations__", {}).items()
-            if note is torch.Tensor]
+    bare = [f"{f.__module__}.{n}({key})" for n, f in public_functions()
+            for key, note in getattr(f, "__annotations__", {}).items() if note is torch.Tensor]
     assert not bare, bare
 
 
@@ -196,7 +198,8 @@ def test_axes_are_known():
 def test_export_is_in_sync(tmp_path):
     "Exporting the notebooks changes nothing in the package."
     copy = tmp_path / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "_docs", "__pycache__", ".*_cache"))
+    left_out = shutil.ignore_patterns(".git", ".venv*", "runs", "_docs", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, copy, ignore=left_out)
     subprocess.run([str(Path(sys.executable).parent / "nbdev-export")], cwd=copy, check=True, capture_output=True)
     new = {p.relative_to(copy): p.read_bytes() for p in (copy / "sae_lab").rglob("*.py")}
     old = {p.relative_to(ROOT): p.read_bytes() for p in LIB.rglob("*.py")}
@@ -218,7 +221,8 @@ def test_no_orphans():
 def test_import_is_light():
     "`import sae_lab` loads neither torch nor transformer_lens."
     code = "import sys, sae_lab; print([m for m in ('torch', 'numpy', 'transformer_lens') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_version_has_one_value():

@@ -86,7 +86,7 @@ def render(
         here += len(piece)
     return "".join(out), spans, here - at if mark is None else mark
 
-# %% ../../nbs/02_sources/02_fables.ipynb #2b909f63
+# %% ../../nbs/02_sources/02_fables.ipynb #fe86103d
 class Teller:
     "Tells one story, sentence by sentence, and keeps what happened in it."
 
@@ -100,8 +100,7 @@ class Teller:
         self.labels: list[Label] = []
         self.used: set[str] = set()  # templates
         self.gifts: list[list] = []  # giver, receiver, number of the template
-        self.size, self.known = 0, "ab"
-        self.spare = list(world.things[8:])
+        self.size, self.known, self.spare = 0, "ab", list(world.things[8:])
         self.holder: tuple[str, str] | None = None  # slot of the receiver, the thing
 
     def fresh(
@@ -111,8 +110,7 @@ class Teller:
         "A template that this story has not used, if three draws find one."
         for _ in range(3):
             template = pick(self.rng, templates)
-            if template not in self.used:
-                break
+            if template not in self.used: break
         self.used.add(template)
         return template
 

@@ -38,7 +38,8 @@ def chromium():
     if path is None:
         pytest.skip("no Chromium on this machine")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=path, args=options)
         yield browser
         browser.close()
 
@@ -50,8 +51,9 @@ def jupyter(tmp_path_factory):
     root = home / "root"
     root.mkdir()
     port = free_port()
-    folders = {name: str(home / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR",
-                                                   "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "SAE_LAB_HOME")}
+    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR",
+             "JUPYTERLAB_WORKSPACES_DIR", "SAE_LAB_HOME")
+    folders = {name: str(home / name) for name in names}
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
                "--IdentityProvider.token=", "--LabApp.news_url=None",
                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
@@ -67,17 +69,19 @@ def jupyter(tmp_path_factory):
 
 @pytest.fixture
 def run_cells(chromium, jupyter):
-    "Open cells as a notebook in JupyterLab and run them all; gives the page, which notes requests that leave the machine."
+    "Open cells as a notebook in JupyterLab and run them all; the page notes requests that leave the machine."
     address, root = jupyter
     context = chromium.new_context(viewport={"width": 1300, "height": 1600})
     page = context.new_page()
     page.outside, page.errors = [], []
-    page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:", address.replace("http", "ws"))) else page.outside.append(r.url))
+    inside = (address, "data:", "blob:", address.replace("http", "ws"))
+    page.on("request", lambda r: None if r.url.startswith(inside) else page.outside.append(r.url))
     page.on("pageerror", lambda e: page.errors.append(str(e)))
 
     def run(name, *cells):
+        kernel = {"name": "python3", "display_name": "python3", "language": "python"}
         book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells],
-                                        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+                                        metadata={"kernelspec": kernel})
         nbformat.write(book, root / name)
         page.goto(f"{address}/lab/tree/{name}?reset")
         idle = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
