@@ -140,10 +140,11 @@ class Support:
     def columns(self) -> tuple[Int[Tensor, "n1"], Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
         "The transpose: start of each latent's entries, their rows, and the order they are taken in."
         if self.flat.device.type == "cpu" and self.flat.numel():
-            order = np.arange(len(self.flat), dtype=np.int32)
-            entries = (order, self.flat.numpy(), self.starts.numpy())
+            place = np.arange(len(self.flat), dtype=np.int32)
+            entries = (place, self.flat.numpy(), self.starts.numpy())
             by_latent = csr_array(entries, shape=(self.n, self.d_sae)).tocsc()
-            return tuple(map(torch.from_numpy, (by_latent.indptr, by_latent.indices, by_latent.data)))
+            starts, rows, order = map(torch.from_numpy, (by_latent.indptr, by_latent.indices, by_latent.data))
+            return starts, rows, order
         order = torch.argsort(self.flat, stable=True)
         starts = torch.zeros(self.d_sae + 1, dtype=torch.int32, device=order.device)
         starts[1:] = torch.bincount(self.flat, minlength=self.d_sae).cumsum(0)

@@ -6,8 +6,9 @@
 __all__ = ['Codes', 'decode', 'preacts', 'select_topk', 'select_batch_topk', 'select_threshold', 'affine_at', 'topk_encode',
            'batch_topk_encode', 'topk_dead', 'revive']
 
-# %% ../../nbs/00_ground/05_sparse.ipynb #4173d5b2
+# %% ../../nbs/00_ground/05_sparse.ipynb #4cdc509a
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import kernels
 from .errors import InputError, ShapeError
 
-# %% ../../nbs/00_ground/05_sparse.ipynb #f2e7e3fa
+# %% ../../nbs/00_ground/05_sparse.ipynb #2ab78cef
 @dataclass(frozen=True, eq=False)
 class _Stored:
     "Entries of sparse codes and where they lie."
@@ -25,7 +26,7 @@ class _Stored:
     indices: Int[Tensor, "n k"] | Int[Tensor, "nnz"]  # latent of each value
     d_sae: int  # latents
     indptr: Int[Tensor, "n1"] | None = None  # start of each row; None for k entries a row
-    support: kernels.Support | None = None  # shared between codes with the same indices
+    support: Any = None  # kernels.Support of the indices, shared between codes that have the same
 
     def __post_init__(self):
         if self.values.shape != self.indices.shape or (self.indptr is None) != (
@@ -50,7 +51,7 @@ class _Stored:
         "Row of each stored entry."
         return self.support.rows
 
-    def flat(self):  # (rows, latents, values), each [nnz]
+    def flat(self) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"], Float[Tensor, "m"]]:  # rows, latents, values
         "Rows, latents and values of the entries that fire."
         values = self.values.reshape(-1)
         on = values.detach().nonzero()[:, 0]
@@ -167,7 +168,7 @@ def _padded(codes: Codes) -> Codes:
     indices = codes.indices.new_zeros(codes.n, k).index_put(at, codes.indices)
     return Codes(zeros.index_put(at, codes.values), indices, codes.d_sae)
 
-# %% ../../nbs/00_ground/05_sparse.ipynb #7d07c7d5
+# %% ../../nbs/00_ground/05_sparse.ipynb #f0e77f97
 def _keep_topk(codes: Codes, k: int) -> Codes:
     "The k entries of each row that are largest in magnitude."
     wide = _padded(codes)
@@ -197,7 +198,8 @@ def _cat(codes: list[Codes]) -> Codes:
                        for name in ("values", "indices"))
     if codes[0].indptr is None:
         return Codes(values, indices, d_sae)
-    return Codes(values, indices, d_sae, _row_starts(torch.cat([c.indptr.diff() for c in codes])))
+    counts = [each.indptr.diff() for each in codes if each.indptr is not None]
+    return Codes(values, indices, d_sae, _row_starts(torch.cat(counts)))
 
 # %% ../../nbs/00_ground/05_sparse.ipynb #ed513bf8
 class _Decode(torch.autograd.Function):
