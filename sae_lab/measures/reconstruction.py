@@ -77,7 +77,7 @@ def token_stats(y:Float[Tensor,"n d_out"],      # what was to be predicted, mode
             "power_hat": power_hat, "dot": dot, "cosine": dot / length / length_hat,
             "ratio": length_hat / length, "l0": codes.l0().double(), "l1": l1, "y": y}
 
-# %% ../../nbs/06_measures/00_reconstruction.ipynb #3b894cd2
+# %% ../../nbs/06_measures/00_reconstruction.ipynb #49df132e
 def scattered(sums:Mapping, # sums of `token_stats`
 )->float:                # model units squared
     "Summed squared distance of all targets from their global mean."
@@ -85,53 +85,53 @@ def scattered(sums:Mapping, # sums of `token_stats`
 
 
 @statistic("tokens", "model units² per token", "lower")
-def mse(sums:Mapping)->float:
+def mse(sums:Mapping)->float: # from the sums of `token_stats`
     "Squared error of a token, summed over coordinates."
     return sums["error"] / sums["n"]
 
 
 @statistic("tokens", "share of variance", "lower")
-def fvu(sums:Mapping)->float:
+def fvu(sums:Mapping)->float: # from the sums of `token_stats`
     "All tokens pooled, against the global mean: 0 perfect, 1 no better than the mean."
     return sums["error"] / scattered(sums)
 
 
 @statistic("tokens", "share of variance", "higher")
-def explained_variance(sums:Mapping)->float:
+def explained_variance(sums:Mapping)->float: # from the sums of `token_stats`
     "1 - FVU."
     return 1 - fvu(sums)
 
 
 @statistic("tokens", "cosine", "higher")
-def cosine(sums:Mapping)->float:
+def cosine(sums:Mapping)->float: # from the sums of `token_stats`
     "Mean over tokens of cos(y, y_hat)."
     return sums["cosine"] / sums["n"]
 
 
 @statistic("tokens", "ratio", "neither")
-def l2_ratio(sums:Mapping)->float:
+def l2_ratio(sums:Mapping)->float: # from the sums of `token_stats`
     "Mean over tokens of |y_hat| / |y|; below 1 the coder shrinks."
     return sums["ratio"] / sums["n"]
 
 
 @statistic("tokens", "ratio", "neither")
-def reconstruction_bias(sums:Mapping)->float:
+def reconstruction_bias(sums:Mapping)->float: # from the sums of `token_stats`
     "E|y_hat|² / E[y·y_hat]; below 1 the coder shrinks."
     return sums["power_hat"] / sums["dot"]
 
 
 @statistic("tokens", "latents per token", "lower")
-def l0(sums:Mapping)->float:
+def l0(sums:Mapping)->float: # from the sums of `token_stats`
     "Latents that fire on a token."
     return sums["l0"] / sums["n"]
 
 
 @statistic("tokens", "model units per token", "neither")
-def l1(sums:Mapping)->float:
+def l1(sums:Mapping)->float: # from the sums of `token_stats`
     "Summed magnitude of the codes of a token."
     return sums["l1"] / sums["n"]
 
-# %% ../../nbs/06_measures/00_reconstruction.ipynb #f9f49974
+# %% ../../nbs/06_measures/00_reconstruction.ipynb #be4ee9c8
 def firing(codes:Codes,             # of a batch
            doc:Int[Tensor,"n"],     # document of each token
            seed:int=0,              # of the bootstrap
@@ -157,25 +157,25 @@ def share(sums:Mapping, # sums of `firing`
 
 
 @statistic("firing", "share of tokens", "lower")
-def density(sums:Mapping)->float:
+def density(sums:Mapping)->float: # from the sums of `firing`
     "Mean over latents of the share of tokens where it fires: L0 / d_sae."
     return float(np.mean(sums["fires"]) / sums["n"])
 
 
 @statistic("firing", "share of latents", "lower")
-def dense_1(sums:Mapping)->float:
+def dense_1(sums:Mapping)->float: # from the sums of `firing`
     "Latents that fire on more than 1 % of tokens."
     return share(sums, .01)
 
 
 @statistic("firing", "share of latents", "lower")
-def dense_10(sums:Mapping)->float:
+def dense_10(sums:Mapping)->float: # from the sums of `firing`
     "Latents that fire on more than 10 % of tokens."
     return share(sums, .1)
 
 
 @statistic("firing", "share of latents", "lower", reflect=True)
-def dead(sums:Mapping)->float:
+def dead(sums:Mapping)->float: # from the sums of `firing`
     "Latents that never fire on these tokens."
     return float((np.asarray(sums["fires"]) == 0).mean())
 

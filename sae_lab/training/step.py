@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['rows', 'check_batch', 'Trainee', 'enrol', 'Outcome', 'gradients', 'update_', 'folded', 'state', 'load_state_']
 
-# %% ../../nbs/04_training/04_step.ipynb #2064e023
+# %% ../../nbs/04_training/04_step.ipynb #3b760933
 import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..coders.contract import AbstractCoder, Hints, Loss, Recipe, Scale, fold, spread, unfold
@@ -22,11 +22,11 @@ from .dead import Firing
 from .optimiser import adam, adam_tensors, clip_, gradient_norm, load_adam_
 from .optimiser import remove_parallel_, unit_rows_
 
-# %% ../../nbs/04_training/04_step.ipynb #8a66a8e1
+# %% ../../nbs/04_training/04_step.ipynb #0da221cf
 def rows(batch: Batch,                         # activations by hook
          hooks: Sequence[str],                 # which to take, in this order
          scale: Scale,                         # factor, or one a hook
-         like: Tensor,                         # tensor whose device and type the result is to have
+         like: Shaped[Tensor, "..."],          # tensor whose device and type the result is to have
          ) -> Float[Tensor, "n d_in"]:         # activations side by side, scaled
     "What a coder reads or is to write."
     x = batch.joined(hooks).to(like.device, like.dtype)

@@ -5,8 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sae_lab.coders.contract import make
+from sae_lab.measures.reconstruction import reconstruction
 from sae_lab.sources.bridge import native
+from sae_lab.sources.stream import TensorSource
 from sae_lab.sources.subject import Subject
+from sae_lab.training.fit import train
 
 LAYERS, HEADS, D_MODEL, D_HEAD, CTX, VOCAB = 4, 4, 64, 16, 32, 169
 
@@ -86,3 +90,26 @@ def test_it_is_the_published_model(subject):
     ids = torch.tensor([code[c] for c in text if c in code])
     loss = subject.loss(ids.unfold(0, CTX, 8))
     assert loss.mean() < 3 < torch.tensor(float(VOCAB)).log()
+
+
+def written(subject, n, seed):
+    "Text the model itself writes, from a newline on: `n` sequences that fill its context."
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.ones(n, 1, dtype=torch.long)
+    while ids.shape[1] < CTX:
+        likely = subject.logits(ids)[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(likely, 1, generator=generator)], 1)
+    return ids
+
+
+def test_a_topk_coder_explains_it(subject):
+    "512 latents, 8 at a time, explain 0.92 of the variance on text held out; none is silent on all it was fitted to."
+    hook = "blocks.2.hook_resid_post"
+    acts = [subject.run(written(subject, 1000, seed), hook)[hook].flatten(0, 1) for seed in range(6)]
+    fitted, held_out = torch.cat(acts[:5]), acts[5]
+    coder = make("topk", d_in=D_MODEL, d_sae=512, k=8)
+    train(coder, TensorSource(fitted, hook=hook, epochs=8), progress=False)
+    found = reconstruction(coder, TensorSource(held_out, hook=hook))
+    assert found["explained_variance"].value >= 0.92
+    assert found["l0"].value <= 8
+    assert reconstruction(coder, TensorSource(fitted, hook=hook))["dead"].value == 0
