@@ -232,6 +232,7 @@ def describe(
     return {
         "plans": facts["plans"],
         "steps": facts["steps"],
+        "lessons": facts["lessons"],
         "tokens": facts["rows"] * facts["plans"][-1]["plan"]["n_ctx"],
         "minutes": round(facts["seconds"] / 60, 1),
         "hardware": "2 CPU cores (shared), bfloat16 autocast",
@@ -302,14 +303,20 @@ Uniformly random tokens, then the same again: {found["first_half"]:.2f} nats per
 Attention from a repeated token to the token after its first occurrence, layer.head: {best}.
 
 ## Training
-`python -m sae_lab.sources.train_bundled --out sae_lab/data/subject --tokens {plan["tokens"]}`: {card["tokens"]:,} tokens, half of them from each
-source, {card["steps"]:,} steps of {plan["batch_rows"] * plan["n_ctx"]:,} tokens, AdamW with peak rate {plan["lr"]}, {card["minutes"]} minutes on {card["hardware"]}.
-Seeds: {plan["seed"]} for weights and order, {plan["train_seed"]} for the fables. Python {card["python"]}, torch {card["torch"]}, transformers {card["transformers"]}.
+`python -m sae_lab.sources.train_bundled --out sae_lab/data/subject --tokens {plan["tokens"]}`: {card["minutes"]} minutes on
+{card["hardware"]}, {card["steps"]:,} AdamW steps. Seeds: {plan["seed"]} for weights and order, {plan["train_seed"]} for the fables.
+Python {card["python"]}, torch {card["torch"]}, transformers {card["transformers"]}. `card.json` holds every setting.
 
-- **python_docs**: help topics, docstrings and source code that ship with Python {card["python"]}
-  ({card["stream_tokens"]["python_docs.train"]:,} training tokens, read several times); {plan["heldout_share"]:.0%} of the files, chosen by a hash of the name, are held out.
-- **fables**: stories made by `sae_lab.sources.fables` ({card["stream_tokens"]["fables.train"]:,} training tokens, read once);
-  held out: the stories of seed {plan["heldout_seed"]}.
+1. **Lessons.** {plan["lesson_steps"]:,} steps of {plan["lesson_rows"]} single sentences each: prompts of the three tasks with their answer, wordings and
+   combinations of the training split only. In stories of a few hundred tokens the circuits for names form late; in sentences
+   standing alone they form within a few hundred steps. Later steps keep {plan["review_rows"]} lessons beside the text
+   (weight {plan["review_weight"]}), so the tasks' accuracies are those of a model that was taught them; {card["lessons"]:,} lessons in all, drawn from {plan["lessons"]:,}.
+2. **Text.** {card["tokens"]:,} tokens, half from each source, {plan["batch_rows"] * plan["n_ctx"]:,} a step, peak rate {plan["lr"]}.
+   - *python_docs*: help topics, docstrings and source code that ship with Python {card["python"]}
+     ({card["stream_tokens"]["python_docs.train"]:,} training tokens, read about {card["tokens"] / 2 / card["stream_tokens"]["python_docs.train"]:.1f} times); {plan["heldout_share"]:.0%} of the files, chosen by a hash of
+     the name, are held out.
+   - *fables*: stories made by `sae_lab.sources.fables` ({card["stream_tokens"]["fables.train"]:,} training tokens, read at most once); the stories of
+     seed {plan["heldout_seed"]} are held out.
 
 ## Licence
 The weights are under Apache-2.0. The Python text is copyright of the Python Software Foundation and under the PSF License Version 2;
