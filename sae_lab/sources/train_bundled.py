@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,7 +35,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sae_lab.ground.files import atomic
 from sae_lab.sources.documents import Document
-from sae_lab.sources.fable_tasks import indirect_object, number_agreement, pronoun_agreement
+from sae_lab.sources.fable_tasks import Prompt, indirect_object, number_agreement, pronoun_agreement
 from sae_lab.sources.fable_worlds import lexicon
 from sae_lab.sources.fables import fables
 from sae_lab.sources.python_docs import python_docs
@@ -72,13 +72,16 @@ class Plan:
     heldout_tokens: int = 200_000  # held-out fable tokens kept
     tokenizer_chars: int = 10_000_000  # text per source that the tokenizer learns from
     name_repeats: int = 1000  # each name is added so often, so that it is one token where no space precedes it
-    lesson_steps: int = 1000  # steps on lessons alone, before any text
+    lesson_steps: int = 1500  # steps on lessons alone, before any text
     lesson_rows: int = 128  # lessons in one of these steps
     lesson_lr: float = 1e-3  # learning rate of these steps, embeddings included
     review_rows: int = 32  # lessons beside each batch of text
     review_weight: float = 0.25  # weight of their loss against that of the text
     lesson_ctx: int = 32  # tokens in a lesson's row
-    lessons: int = 65_536  # different lessons, read again and again
+    lessons: int = 131_072  # different lessons, read again and again
+    echoes: float = 0.2  # share of the lessons that are random tokens said again
+    disguised: float = 0.5  # share of the prompts about names in which words are exchanged for random tokens
+    exchanged: float = 0.25  # share of the words exchanged in these
     compile: bool = True  # fuse the forward and backward pass; False gives the same model more slowly
 
     @property
@@ -182,30 +185,76 @@ def write_tokens(
     return written
 
 
-def lesson_texts(
+Lessons = tuple[Int[np.ndarray, "n pos"], Int[np.ndarray, "n pos"]]  # token ids; 1 where the loss counts
+
+
+def lesson_prompts(
     seed: int,  # seed of the prompts
     n: int,  # how many
-) -> list[str]:  # half indirect objects, three tenths pronouns, two tenths numbers, shuffled
-    "Sentences of the fables' tasks up to their answer, from the training split: no held-out wording or combination."
+) -> list[Prompt]:  # half indirect objects, three tenths pronouns, two tenths numbers
+    "Prompts of the fables' tasks from the training split: no held-out wording, no held-out combination."
     shares = {indirect_object: n // 2, pronoun_agreement: 3 * n // 10}
     shares[number_agreement] = n - sum(shares.values())
-    texts = [p.text + p.answer for make, share in shares.items() for p in make(seed, share, "train")]
-    return [texts[i] for i in np.random.default_rng(seed).permutation(n)]
+    return [prompt for make, share in shares.items() for prompt in make(seed, share, "train")]
 
 
-def write_lessons(
+def encode_prompts(
     tokenizer: Tokenizer,  # its id 0 begins each row and fills it up
-    plan: Plan,  # seed, number, length
-    path: Path,  # file of little-endian uint16
-) -> None:
-    "Encode one lesson a row."
-    rows = np.zeros((plan.lessons, plan.lesson_ctx), "<u2")
-    texts = lesson_texts(plan.train_seed, plan.lessons)
-    for row, encoded in zip(rows, tokenizer.encode_batch_fast(texts), strict=True):
-        ids = encoded.ids[: plan.lesson_ctx - 1]
+    prompts: list[Prompt],  # each is followed by its answer
+    ctx: int,  # tokens in a row
+) -> Lessons:  # all tokens of a sentence count
+    "One sentence a row."
+    rows = np.zeros((len(prompts), ctx), "<u2")
+    for row, encoded in zip(rows, tokenizer.encode_batch_fast([p.text + p.answer for p in prompts]), strict=True):
+        ids = encoded.ids[: ctx - 1]
         row[1 : len(ids) + 1] = ids
-    with atomic(path) as part:
-        rows.tofile(part)
+    return rows, (rows != 0).astype("<u2")
+
+
+def disguise(
+    lessons: Lessons,  # changed in place
+    chosen: Bool[np.ndarray, "n"],  # rows to disguise
+    names: list[int],  # tokens that stay as they are
+    plan: Plan,  # share of words exchanged, vocabulary
+    rng: np.random.Generator,  # source of chance
+) -> None:
+    "Exchange words for random tokens and count the answer alone, so that no rule can rest on a wording."
+    rows, counted = lessons
+    last = (rows != 0).cumsum(1).argmax(1)[:, None]
+    inside = (np.arange(rows.shape[1]) < last) & (rows != 0) & ~np.isin(rows, names)
+    change = inside & chosen[:, None] & (rng.random(rows.shape) < plan.exchanged)
+    rows[change] = rng.integers(1, plan.d_vocab, change.sum())
+    counted[chosen] = np.arange(rows.shape[1]) == last[chosen]
+
+
+def echo_lessons(
+    n: int,  # how many
+    plan: Plan,  # vocabulary, tokens in a row
+    rng: np.random.Generator,  # source of chance
+) -> Lessons:  # what has been said before counts
+    "Random tokens repeated with a period that differs from row to row, so that only the tokens tell what comes next."
+    place = np.arange(plan.lesson_ctx - 1)
+    period = rng.integers(4, plan.lesson_ctx // 2, (n, 1))
+    spoken = rng.integers(1, plan.d_vocab, (n, plan.lesson_ctx - 1))
+    rows, counted = np.zeros((2, n, plan.lesson_ctx), "<u2")
+    rows[:, 1:], counted[:, 1:] = np.take_along_axis(spoken, place % period, 1), place >= period
+    return rows, counted
+
+
+def make_lessons(
+    tokenizer: Tokenizer,  # trained
+    plan: Plan,  # seed, numbers and shares
+) -> Int[np.ndarray, "2 n pos"]:  # token ids; 1 where the loss counts
+    "All lessons, shuffled."
+    rng = np.random.default_rng(plan.train_seed)
+    n_echoes = int(plan.lessons * plan.echoes)
+    prompts = lesson_prompts(plan.train_seed, plan.lessons - n_echoes)
+    lessons = encode_prompts(tokenizer, prompts, plan.lesson_ctx)
+    about_names = np.array([p.meta["task"] != "number_agreement" for p in prompts])
+    names = [tokenizer.token_to_id(form + name) for name in lexicon()["name_list"] for form in ("", "\u0120")]
+    disguise(lessons, about_names & (rng.random(len(prompts)) < plan.disguised), names, plan, rng)
+    both = [np.concatenate(pair) for pair in zip(lessons, echo_lessons(n_echoes, plan, rng), strict=True)]
+    return np.stack(both)[:, rng.permutation(plan.lessons)]
 
 
 def prepare(
@@ -231,7 +280,8 @@ def prepare(
         if not (path := work / f"{name}.u16").exists():
             log.info("%s: %d tokens", name, write_tokens(tokenizer, make(), path, most))
     if not (path := work / "lessons.u16").exists():
-        write_lessons(tokenizer, plan, path)
+        with atomic(path) as part:
+            make_lessons(tokenizer, plan).tofile(part)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -284,12 +334,12 @@ def batch_at(
 
 
 def lessons_at(
-    lessons: Int[np.ndarray, "n pos"],  # rows of `write_lessons`
+    lessons: Int[np.ndarray, "2 n pos"],  # from `make_lessons`
     done: int,  # lessons read before
     n: int,  # how many
-) -> Int[Tensor, "batch pos"]:  # in order, beginning again at the end
+) -> Int[Tensor, "2 batch pos"]:  # in order, beginning again at the end
     "The next lessons."
-    return torch.from_numpy(lessons[np.arange(done, done + n) % len(lessons)].astype(np.int64))
+    return torch.from_numpy(lessons[:, np.arange(done, done + n) % lessons.shape[1]].astype(np.int64))
 
 
 Part = tuple[Tensor, Tensor]  # token ids, and what each prediction weighs in the loss
@@ -305,13 +355,14 @@ def text_parts(
 
 
 def lesson_parts(
-    rows: Int[Tensor, "batch pos"],  # lessons
+    lessons: Int[Tensor, "2 batch pos"],  # token ids; 1 where the loss counts
     weight: float,  # of their mean loss
     micro: int = 32,  # rows in one forward pass
 ) -> Iterator[Part]:
-    "The same for lessons, without what fills their rows up."
-    real = (rows[:, 1:] != 0).float()
-    yield from zip(rows.split(micro), (weight * real / real.sum()).split(micro), strict=True)
+    "The same for lessons; each lesson weighs the same, however few of its tokens count."
+    rows, counted = lessons[0], lessons[1, :, 1:].float()
+    weights = weight * counted / counted.sum(1, keepdim=True) / len(rows)
+    yield from zip(rows.split(micro), weights.split(micro), strict=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -483,14 +534,14 @@ def next_step(
     facts: dict,  # how far the run is
     plan: Plan,  # what it follows
     streams: list[Int[np.ndarray, "n"]],  # token ids of each source
-    lessons: Int[np.ndarray, "m pos"],  # rows of `write_lessons`
+    lessons: Int[np.ndarray, "2 m pos"],  # from `make_lessons`
 ) -> tuple[list[Part], tuple[float, float], dict]:  # forward passes, learning rates, facts after the step
     "What the run does next, a pure function of how far it is: lessons first, then text with some lessons beside it."
     after = facts | {"steps": facts["steps"] + 1}
     if facts["steps"] < plan.lesson_steps:
-        rows = lessons_at(lessons, facts["lessons"], plan.lesson_rows)
+        parts = lesson_parts(lessons_at(lessons, facts["lessons"], plan.lesson_rows), 1.0)
         rate = plan.lesson_lr * min(1.0, (facts["steps"] + 1) / 100)
-        return list(lesson_parts(rows, 1.0)), (rate, rate), after | {"lessons": facts["lessons"] + len(rows)}
+        return list(parts), (rate, rate), after | {"lessons": facts["lessons"] + plan.lesson_rows}
     parts = list(text_parts(batch_at(streams, facts["rows"], plan), plan.micro_rows))
     if plan.review_rows:
         parts += lesson_parts(lessons_at(lessons, facts["lessons"], plan.review_rows), plan.review_weight)
@@ -519,7 +570,7 @@ def train(
 ) -> tuple[GPT2LMHeadModel, dict]:  # the model and the run's facts, as `checkpoint_facts` gives them
     "Run the plan from its beginning or from the checkpoint, which may have followed another plan until then."
     streams = [np.memmap(work / f"{name}.train.u16", "<u2", "r") for name in SOURCES]
-    lessons = np.fromfile(work / "lessons.u16", "<u2").reshape(-1, plan.lesson_ctx)
+    lessons = np.fromfile(work / "lessons.u16", "<u2").reshape(2, -1, plan.lesson_ctx)
     model, path = new_model(plan), work / "checkpoint.safetensors"
     optimiser = new_optimiser(model, plan)
     facts = {"rows": 0, "lessons": 0, "steps": 0, "seconds": 0.0, "plans": []}

@@ -27,7 +27,8 @@ def streams(tmp_path):
     "Two short token files in a training folder."
     for i, name in enumerate(train_bundled.SOURCES):
         np.random.default_rng(i).integers(0, TINY.d_vocab, 700).astype("<u2").tofile(tmp_path / f"{name}.train.u16")
-    lessons = np.random.default_rng(2).integers(0, TINY.d_vocab, (10, TINY.lesson_ctx))
+    lessons = np.random.default_rng(2).integers(0, TINY.d_vocab, (2, 10, TINY.lesson_ctx))
+    lessons[1] = 1
     lessons.astype("<u2").tofile(tmp_path / "lessons.u16")
     return tmp_path
 
@@ -85,16 +86,32 @@ def test_a_batch_is_half_of_each_source():
 
 
 def test_lessons_are_of_the_training_split():
-    texts = train_bundled.lesson_texts(0, 100)
-    assert len(set(texts)) > 90 and texts == train_bundled.lesson_texts(0, 100)
+    texts = [p.text + p.answer for p in train_bundled.lesson_prompts(0, 100)]
+    assert len(texts) == 100 and len(set(texts)) > 90
     held = [p.text + p.answer for make in bundled_card.TASKS.values() for p in make(0, 300, "held_out")]
     assert not set(texts) & set(held)
 
 
-def test_what_fills_a_lesson_up_weighs_nothing():
+def test_each_lesson_weighs_the_same_and_what_fills_it_up_nothing():
     rows = torch.tensor([[0, 5, 6, 0], [0, 7, 0, 0]])
-    ((same, weights),) = train_bundled.lesson_parts(rows, 0.5)
-    assert torch.equal(same, rows) and torch.allclose(weights * 6, torch.tensor([[1.0, 1, 0], [1, 0, 0]]))
+    ((same, weights),) = train_bundled.lesson_parts(torch.stack([rows, (rows != 0).long()]), 0.5)
+    assert torch.equal(same, rows) and torch.allclose(weights, torch.tensor([[1.0, 1, 0], [2, 0, 0]]) / 8)
+
+
+def test_a_disguise_keeps_names_and_answer_and_counts_the_answer_alone():
+    rows = np.array([[0, 1, 2, 3, 9, 0], [0, 1, 2, 3, 9, 0]], "<u2")
+    counted = (rows != 0).astype("<u2")
+    plan = replace(TINY, exchanged=1.0)
+    train_bundled.disguise((rows, counted), np.array([True, False]), [2], plan, np.random.default_rng(0))
+    assert rows[0, [0, 2, 4, 5]].tolist() == [0, 2, 9, 0] and (rows[0, [1, 3]] != [1, 3]).all()
+    assert counted.tolist() == [[0, 0, 0, 0, 1, 0], [0, 1, 1, 1, 1, 0]] and rows[1].tolist() == [0, 1, 2, 3, 9, 0]
+
+
+def test_an_echo_can_be_told_from_what_came_before():
+    rows, counted = train_bundled.echo_lessons(50, replace(TINY, lesson_ctx=32), np.random.default_rng(0))
+    for row, count in zip(rows, counted, strict=True):
+        period = int(count.argmax()) - 1
+        assert period >= 4 and (row[1 + period :] == row[1:-period]).all() and count[1 + period :].all()
 
 
 def test_rate_rises_and_falls_to_zero():
