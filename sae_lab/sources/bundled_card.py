@@ -261,6 +261,18 @@ def _task_rows(card: dict) -> str:
     )
 
 
+def _stages(card: dict) -> str:
+    "One line for each plan that the run followed."
+    lines = []
+    for stage in card["plans"]:
+        plan, first = stage["plan"], stage["from_row"]
+        lines.append(
+            f"- from context {first:,}: towards {plan['tokens']:,} tokens of text, peak rate {plan['lr']}, "
+            f"{plan.get('echoes', 0):.0%} of the lessons echoes, {plan.get('disguised', 0):.0%} of those about names disguised"
+        )
+    return "\n".join(lines)
+
+
 def render(
     card: dict,  # the facts of card.json
 ) -> str:  # markdown with the front matter that model hubs read
@@ -307,10 +319,14 @@ Attention from a repeated token to the token after its first occurrence, layer.h
 {card["hardware"]}, {card["steps"]:,} AdamW steps. Seeds: {plan["seed"]} for weights and order, {plan["train_seed"]} for the fables.
 Python {card["python"]}, torch {card["torch"]}, transformers {card["transformers"]}. `card.json` holds every setting.
 
-1. **Lessons.** {plan["lesson_steps"]:,} steps of {plan["lesson_rows"]} single sentences each: prompts of the three tasks with their answer, wordings and
-   combinations of the training split only. In stories of a few hundred tokens the circuits for names form late; in sentences
-   standing alone they form within a few hundred steps. Later steps keep {plan["review_rows"]} lessons beside the text
-   (weight {plan["review_weight"]}), so the tasks' accuracies are those of a model that was taught them; {card["lessons"]:,} lessons in all, drawn from {plan["lessons"]:,}.
+The plan was followed, or changed on the way (`--resume`), so:
+{_stages(card)}
+
+1. **Lessons.** {card["plans"][0]["plan"]["lesson_steps"]:,} steps of {plan["lesson_rows"]} rows of at most {plan["lesson_ctx"]} tokens, then {plan["review_rows"]} beside each batch of text (weight {plan["review_weight"]});
+   {card["lessons"]:,} in all. They are prompts of the three tasks with their answer, wordings and combinations of the training
+   split only; *disguised*: with words exchanged for random tokens; *echoes*: random tokens that repeat. In a run this short the circuits for names do not form from stories alone. So
+   the task accuracies and the induction above are those of a model that was taught them; wordings, combinations and random
+   sequences measured there are new to it.
 2. **Text.** {card["tokens"]:,} tokens, half from each source, {plan["batch_rows"] * plan["n_ctx"]:,} a step, peak rate {plan["lr"]}.
    - *python_docs*: help topics, docstrings and source code that ship with Python {card["python"]}
      ({card["stream_tokens"]["python_docs.train"]:,} training tokens, read about {card["tokens"] / 2 / card["stream_tokens"]["python_docs.train"]:.1f} times); {plan["heldout_share"]:.0%} of the files, chosen by a hash of

@@ -49,7 +49,7 @@ SOURCES = ("python_docs", "fables")
 class Plan:
     "Everything that decides the trained weights, apart from the machine."
 
-    tokens: int = 12_000_000  # training tokens of text, both sources together
+    tokens: int = 17_500_000  # training tokens of text, both sources together
     d_vocab: int = 4096  # vocabulary, the end-of-text token included
     n_ctx: int = 256  # context, tokens
     d_model: int = 128  # width of the residual stream
