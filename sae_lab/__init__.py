@@ -1,4 +1,9 @@
-"Take a transformer's activations apart into features, in a notebook."
+"""Modules:
+
+- `sae_lab.ground.kernels`: Tensor kernels of sparse codes: selection, sparse products, reused memory (hand-written).
+- `sae_lab.sources.bundled_card`: Measures the bundled subject and writes its model card.
+- `sae_lab.sources.train_bundled`: Trains the bundled subject: a small GPT-2 on the text that ships with Python and on fables."""
+
 __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING
