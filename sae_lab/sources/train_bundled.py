@@ -2,8 +2,9 @@
 
 Run `python -m sae_lab.sources.train_bundled --out sae_lab/data/subject`; a run that was stopped (SIGTERM stops it after the
 step and exports what there is) goes on with `--resume`, to fewer `--tokens` if need be. Tokenised text and checkpoints are
-kept in the folder `--work`. The batch at a step depends on the step alone, so a resumed run is the run that was never
-stopped. `--card` measures the finished model and writes its model card.
+kept in the folder `--work`. The batch at a step depends on how far the run is and on nothing else, so a stopped run goes on
+as if it had not been stopped: to the same bits with `Plan(compile=False)`; compiled, embedding gradients are added in an
+order that varies. `--card` measures the finished model and writes its model card.
 """
 
 import argparse
