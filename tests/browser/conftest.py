@@ -10,6 +10,7 @@ import urllib.request
 
 import nbformat
 import pytest
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 
 def free_port():
@@ -86,9 +87,17 @@ def run_cells(chromium, jupyter):
         page.goto(f"{address}/lab/tree/{name}?reset")
         idle = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
         page.wait_for_selector(idle, timeout=90_000)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        return page
+        for _ in range(5):  # a click right after the kernel is ready may be lost
+            page.locator(".jp-Notebook .jp-CodeCell").first.click()
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+            begun = page.locator(".jp-InputPrompt", has_text="*").or_(page.locator(".jp-OutputArea-output"))
+            try:
+                begun.first.wait_for(timeout=5_000)
+                return page
+            except PlaywrightTimeout:
+                continue
+        raise AssertionError("JupyterLab did not run the cells")
 
     yield run
     context.close()
