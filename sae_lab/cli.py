@@ -43,10 +43,10 @@ def rows_text(
         lines.append(f"  {row['case']:<28} {number(row['value'], 4):>10} {row['unit']:<4}{ratio}")
     return "\n".join(lines)
 
-# %% ../nbs/10_lab/04_cli.ipynb #a60ffea6
+# %% ../nbs/10_lab/04_cli.ipynb #b7d1b194
 def parser() -> argparse.ArgumentParser:  # of the command `sae-lab`
     "Describe the command line."
-    top = argparse.ArgumentParser(prog="sae-lab", description=sae_lab.__doc__)
+    top = argparse.ArgumentParser(prog="sae-lab", description="Take a transformer apart into features.")
     top.add_argument("--version", action="version", version=sae_lab.__version__)
     commands = top.add_subparsers(dest="command", required=True)
     one = commands.add_parser("tour", help="run the main job on the bundled model and show where its results lie")

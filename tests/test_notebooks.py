@@ -14,6 +14,6 @@ NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "nbs").rglob("*.ipynb") 
 def test_notebook(notebook, tmp_path):
     "The notebook's cells run and its assertions hold."
     command = [str(Path(sys.executable).parent / "nbdev-test"), str(notebook), "--n-workers", "0", "--do-print"]
-    env = {**os.environ, "SAE_LAB_RUNS": str(tmp_path), "SAE_LAB_QUICK": "1"}
+    env = {**os.environ, "SAE_LAB_QUICK": "1", "SAE_LAB_HOME": str(tmp_path), "SAE_LAB_TOUR": str(tmp_path / "lab")}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
