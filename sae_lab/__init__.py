@@ -1,8 +1,8 @@
 """Modules:
 
 - `sae_lab.ground.kernels`: Tensor kernels of sparse codes: selection, sparse products, reused memory (hand-written).
-- `sae_lab.sources.bundled_card`: Measures the bundled subject and writes its model card.
-- `sae_lab.sources.train_bundled`: Trains the bundled subject: a small GPT-2 on the text that ships with Python and on fables."""
+- `sae_lab.sources.bundled_card`: Measures the bundled subject and writes its model card (hand-written).
+- `sae_lab.sources.train_bundled`: Trains the bundled subject, a small GPT-2, on Python's own text and on fables (hand-written)."""
 
 __version__ = "0.1.0"
 

@@ -1,9 +1,10 @@
-"""Measures the bundled subject and writes its model card.
+"""Measures the bundled subject and writes its model card (hand-written).
 
 Held-out loss is set against a unigram and a trigram model of the same tokens, the tasks of the fables against chance, and
 induction is looked for in repeated random tokens.
 """
 
+import argparse
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -359,3 +360,18 @@ def write_card(
     write_json(folder / CARD, card)
     (folder / "README.md").write_text(render(read_json(folder / CARD)), encoding="utf-8")
     return card
+
+
+def main(
+    arguments: list[str] | None = None,  # command line; None: that of the process
+) -> None:
+    "Command line: measure a finished model."
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished model; receives the card")
+    parser.add_argument("--work", type=Path, required=True, help="folder that train_bundled worked in")
+    options = parser.parse_args(arguments)
+    write_card(options.out, options.work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
-"""Trains the bundled subject: a small GPT-2 on the text that ships with Python and on fables.
+"""Trains the bundled subject, a small GPT-2, on Python's own text and on fables (hand-written).
 
 Run `python -m sae_lab.sources.train_bundled --out sae_lab/data/subject`; a run that was stopped (SIGTERM stops it after the
 step and exports what there is) goes on with `--resume`, to fewer `--tokens` if need be. Tokenised text and checkpoints are
 kept in the folder `--work`. The batch at a step depends on how far the run is and on nothing else, so a stopped run goes on
 as if it had not been stopped: to the same bits with `Plan(compile=False)`; compiled, embedding gradients are added in an
-order that varies. `--card` measures the finished model and writes its model card.
+order that varies. `python -m sae_lab.sources.bundled_card` writes the model card.
 """
 
 import argparse
@@ -611,22 +611,16 @@ def export(
 def main(
     arguments: list[str] | None = None,  # command line; None: that of the process
 ) -> None:
-    "Command line: prepare, train, export, and with `--card` measure."
+    "Command line: prepare, train, export."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "sae_lab-subject")
     parser.add_argument("--tokens", type=int, default=Plan.tokens, help="training tokens")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
     parser.add_argument("--prepare", action="store_true", help="only tokenise")
-    parser.add_argument("--card", action="store_true", help="only measure --out and write its card")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     plan = replace(Plan(), tokens=options.tokens)
-    if options.card:
-        from sae_lab.sources.bundled_card import write_card
-
-        write_card(options.out, options.work)
-        return
     prepare(plan, options.work)
     if not options.prepare:
         asked = threading.Event()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from sae_lab.ground.errors import InputError, ShapeError, Unavailable, UnknownName
 from sae_lab.sources.bridge import native
+from sae_lab.sources.fables import fables
 from sae_lab.sources.subject import Subject
 
 HOOKS = ["hook_embed", "blocks.0.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_resid_mid",
@@ -238,5 +239,6 @@ def test_the_bundled_subject():
         subject = Subject.bundled()
     except Unavailable:
         pytest.skip("no bundled subject in this checkout")
-    ids = subject.tokens("The fox gave the crow a pear.")
-    assert subject.loss(ids).mean() < 8 and subject.hooks["blocks.1.mlp.hook_post"] == subject.d_mlp
+    story = next(fables(1, 1)).text  # of the seed that it was never trained on
+    assert subject.loss(subject.tokens(story)[:, :subject.n_ctx]).mean() < 2
+    assert subject.hooks["blocks.1.mlp.hook_post"] == subject.d_mlp
