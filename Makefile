@@ -4,7 +4,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHROMIUM := $(VENV)/.chromium
-export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup tour lab test test-all test-compat check fix bench docs readme clean
 
@@ -28,7 +27,7 @@ tour: setup      ## run the main job on the bundled model, from text to features
 	$(BIN)/sae-lab tour
 
 lab: setup       ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir nbs
+	$(BIN)/jupyter lab --notebook-dir nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: setup      ## pass all tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not compat"
