@@ -25,7 +25,7 @@ from ..ground.registry import Registry
 from ..ground.sparse import Codes
 from ..ground.sums import Measure, Totals, poisson_weights
 
-# %% ../../nbs/06_measures/00_reconstruction.ipynb #ef82cf15
+# %% ../../nbs/06_measures/00_reconstruction.ipynb #d4fad53c
 measures = Registry("measure", "sae_lab.measures")
 
 
@@ -57,10 +57,10 @@ def evaluate(part:str,                        # which sums these are: "tokens", 
 
 
 def reflected(measure:Measure, # with a percentile interval
-)->Measure:                    # with the basic bootstrap interval, not below 0
+)->Measure:                    # with the basic bootstrap interval, not below 0, widened to hold the value
     "Mirror an interval at the value."
     low, high = 2 * measure.value - measure.high, 2 * measure.value - measure.low
-    return replace(measure, low=max(0.0, low), high=max(0.0, high))
+    return replace(measure, low=max(0.0, min(low, measure.value)), high=max(high, measure.value))
 
 # %% ../../nbs/06_measures/00_reconstruction.ipynb #a8bf1a4a
 def token_stats(y:Float[Tensor,"n d_out"],      # what was to be predicted, model units

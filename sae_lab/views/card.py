@@ -102,7 +102,7 @@ def _head(card: LatentCard) -> str:
     return (f'<div style="font-size:16px"><b>latent {card.latent}</b>{badge}{where}</div>'
             f'<div style="opacity:.85">{escape(" · ".join(facts(card)))}</div>{note}')
 
-# %% ../../nbs/09_views/05_card.ipynb #51a99e7b
+# %% ../../nbs/09_views/05_card.ipynb #88612cb1
 def _shown(each: Window) -> Number:
     "The activation a window was chosen for, or else its greatest."
     if each.focus is not None and each.focus < len(each.values): return float(each.values[each.focus])
@@ -116,7 +116,7 @@ def _window_html(each: Window, scale: Number, detail: int) -> str:
     left = token_html(each.tokens[:at], each.values[:at], scale, None, detail)
     right = token_html(each.tokens[at:], each.values[at:], scale, None if each.focus is None else 0, detail)
     head = f'<td align="right"{title}>{number(value) if value else "–"}</td>'
-    return f'{head}<td align="right">{left}</td><td>{right}</td></tr>'
+    return f'{head}<td align="right">{left}</td><td style="text-align:left">{right}</td></tr>'
 
 def _group_html(group: Group, scale: Number, detail: int) -> str:
     if not group.windows:
