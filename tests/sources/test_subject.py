@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae_lab.ground.errors import InputError, ShapeError, Unavailable, UnknownName
+from sae_lab.ground.errors import InputError, ShapeError, UnknownName
 from sae_lab.sources.bridge import native
 from sae_lab.sources.fables import fables
 from sae_lab.sources.subject import Subject
@@ -234,11 +234,8 @@ def test_half_precision(folder, subject, ids, dtype):
 
 
 def test_the_bundled_subject():
-    "The model in the package loads with no network, or says that it is not there."
-    try:
-        subject = Subject.bundled()
-    except Unavailable:
-        pytest.skip("no bundled subject in this checkout")
+    "The model in the package loads with no network."
+    subject = Subject.bundled()
     story = next(fables(1, 1)).text  # of the seed that it was never trained on
     assert subject.loss(subject.tokens(story)[:, :subject.n_ctx]).mean() < 2
     assert subject.hooks["blocks.1.mlp.hook_post"] == subject.d_mlp
