@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['BATCHTOPK', 'next_threshold', 'batchtopk_objective', 'batchtopk']
 
-# %% ../../nbs/01_coders/04_batchtopk.ipynb #b4c721aa
+# %% ../../nbs/01_coders/04_batchtopk.ipynb #10741c44
 from dataclasses import replace
 
 from jaxtyping import Float
 from torch import Tensor
 
-from .contract import Hints, Loss, Recipe, register
+from .contract import Hints, Loss, register
 from .dictionary import Dictionary
 from .gates import Threshold
-from .topk import explain, first_length, tied
+from .topk import TOPK, explain, first_length, tied
 from ..ground.errors import InputError
 from ..ground.sparse import Codes, batch_topk_encode
 
@@ -45,8 +45,8 @@ def batchtopk_objective(coder: Dictionary,            # with a Threshold gate, i
     parts = loss.parts | {"threshold": threshold[0]}
     return replace(loss, parts=parts, updates={"gate.threshold": threshold})
 
-# %% ../../nbs/01_coders/04_batchtopk.ipynb #8d561e30
-BATCHTOPK = Recipe(batchtopk_objective, lr=1.5e-3, betas=(0.9, 0.99), eps=6.25e-10, centre="median")
+# %% ../../nbs/01_coders/04_batchtopk.ipynb #e04fc043
+BATCHTOPK = replace(TOPK, objective=batchtopk_objective)
 
 @register("batchtopk", recipe=BATCHTOPK, paper="Bussmann et al. 2024, arXiv 2412.06410",
           idea="k latents a token on average, chosen over the batch; a threshold at inference",

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['GROUPMAX', 'GroupMax', 'group_max_encode', 'groupmax_objective', 'groupmax']
 
-# %% ../../nbs/01_coders/16_groupmax.ipynb #e34b7c73
+# %% ../../nbs/01_coders/16_groupmax.ipynb #7a5039dc
 import copy
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .binary_gates import group_width
-from .contract import Hints, Loss, Recipe, register
+from .contract import Hints, Loss, register
 from .dictionary import Dictionary
 from .gates import AbstractGate, gates
-from .topk import explain, first_length, tied
+from .topk import TOPK, explain, first_length, tied
 from ..ground.kernels import Pool, group_max
 from ..ground.sparse import Codes, affine_at, preacts
 
@@ -58,8 +59,8 @@ def groupmax_objective(coder: Dictionary,            # with a GroupMax gate, in 
     def select(inputs, enc, bias, pool): return group_max_encode(inputs, enc, bias, coder.gate, pool)
     return explain(coder, x, y, hints, aux, select)
 
-# %% ../../nbs/01_coders/16_groupmax.ipynb #9b3f16a5
-GROUPMAX = Recipe(groupmax_objective, lr=1.5e-3, betas=(0.9, 0.99), eps=6.25e-10, centre="median")
+# %% ../../nbs/01_coders/16_groupmax.ipynb #324c97ce
+GROUPMAX = replace(TOPK, objective=groupmax_objective)
 
 @register("groupmax", recipe=GROUPMAX, paper="Quirke, Shabalin & Belrose 2025, arXiv 2509.25596",
           idea="the largest of each of k groups of latents fires",

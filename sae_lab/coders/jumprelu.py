@@ -6,7 +6,7 @@
 __all__ = ['JUMPRELU', 'JUMPRELU_TANH', 'Jump', 'LogJump', 'jump', 'Jumped', 'leap', 'first_unit', 'jumprelu_objective',
            'jumprelu', 'unreached', 'jumprelu_tanh_objective', 'jumprelu_tanh']
 
-# %% ../../nbs/01_coders/07_jumprelu.ipynb #7d822d31
+# %% ../../nbs/01_coders/07_jumprelu.ipynb #17382ef5
 import copy
 import math
 from abc import abstractmethod
@@ -22,7 +22,7 @@ from .contract import Hints, Loss, Recipe, randn, register
 from .dictionary import Dictionary, training_inputs
 from .gates import AbstractGate, gates
 from .relu import SPARSE
-from .topk import auxk, first_length, reports, tied, variance
+from .topk import TOPK, auxk, first_length, reports, tied, variance
 from ..ground.errors import InputError
 from ..ground.kernels import Pool, Support, combine_columns, combine_rows, dots, kth_largest
 from ..ground.sparse import Codes, affine_at, preacts, select_threshold
@@ -225,8 +225,8 @@ def jumprelu_objective(coder: Dictionary,            # with a Jump gate, in trai
     loss = _finish(coder, x, y, found, price, inputs, bias, aux, hints)
     return replace(loss, updates={"gate.unit": unit})
 
-# %% ../../nbs/01_coders/07_jumprelu.ipynb #e61dff9f
-JUMPRELU = Recipe(jumprelu_objective, lr=1.5e-3, betas=(0.9, 0.99), eps=6.25e-10, centre="median")
+# %% ../../nbs/01_coders/07_jumprelu.ipynb #a7aac897
+JUMPRELU = replace(TOPK, objective=jumprelu_objective)
 
 @register("jumprelu", recipe=JUMPRELU, paper="Rajamanoharan et al. 2024, arXiv 2407.14435",
           idea="each latent fires above a threshold of its own, learnt at a price on L0 or towards a target",

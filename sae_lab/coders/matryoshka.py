@@ -6,20 +6,21 @@
 __all__ = ['Numbers', 'FRACTIONS', 'MATRYOSHKA', 'sizes_of', 'sample_sizes', 'weights_of', 'by_prefix', 'matryoshka_objective',
            'matryoshka', 'prefix_sizes', 'prefix']
 
-# %% ../../nbs/01_coders/13_matryoshka.ipynb #ebbd8f73
+# %% ../../nbs/01_coders/13_matryoshka.ipynb #a893c215
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .batchtopk import next_threshold
-from .contract import Hints, Loss, Recipe, register
+from .contract import Hints, Loss, register
 from .dictionary import Dictionary, training_inputs
 from .gates import Threshold
 from .multi_topk import nested
-from .topk import auxk, first_length, reports, tied, variance
+from .topk import TOPK, auxk, first_length, reports, tied, variance
 from ..ground.errors import InputError
 from ..ground.kernels import Support
 from ..ground.sparse import Codes, affine_at, preacts, select_batch_topk
@@ -113,8 +114,8 @@ def _plan(coder: Dictionary, hints: Hints) -> tuple[tuple[int, ...], list[float]
     else: sizes = sizes_of(coder.d_sae, args["prefixes"])
     return sizes, weights_of(sizes, args["inner"])
 
-# %% ../../nbs/01_coders/13_matryoshka.ipynb #fb09f620
-MATRYOSHKA = Recipe(matryoshka_objective, lr=1.5e-3, betas=(0.9, 0.99), eps=6.25e-10, centre="median")
+# %% ../../nbs/01_coders/13_matryoshka.ipynb #452f7ed6
+MATRYOSHKA = replace(TOPK, objective=matryoshka_objective)
 
 def _check(d_sae: int, k: float | int, prefixes: Numbers | None, sampled: int | None,
            inner: float | int | Numbers) -> None:

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['MULTI_TOPK', 'nested', 'multi_topk_objective', 'multi_topk']
 
-# %% ../../nbs/01_coders/12_multi_topk.ipynb #c0ec57e9
+# %% ../../nbs/01_coders/12_multi_topk.ipynb #4361a6e1
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .contract import Hints, Loss, Recipe, register
+from .contract import Hints, Loss, register
 from .dictionary import Dictionary, training_inputs
 from .gates import TopK
-from .topk import auxk, first_length, reports, tied, variance
+from .topk import TOPK, auxk, first_length, reports, tied, variance
 from ..ground import kernels
 from ..ground.errors import InputError, ShapeError
 from ..ground.sparse import Codes, affine_at, decode, preacts, select_topk
@@ -119,8 +120,8 @@ def multi_topk_objective(coder: Dictionary,            # with a TopK gate, in tr
     parts = {"wide": errors[1] / total, "auxk": left_over.detach() / total}
     return Loss((joint + aux * left_over) / total, reports(codes, errors[0], total) | parts, codes)
 
-# %% ../../nbs/01_coders/12_multi_topk.ipynb #b380a19a
-MULTI_TOPK = Recipe(multi_topk_objective, lr=1.5e-3, betas=(0.9, 0.99), eps=6.25e-10, centre="median")
+# %% ../../nbs/01_coders/12_multi_topk.ipynb #428fd9db
+MULTI_TOPK = replace(TOPK, objective=multi_topk_objective)
 
 @register("multi_topk", recipe=MULTI_TOPK, paper="Gao et al. 2024, arXiv 2406.04093",
           idea="TopK that also reconstructs, at an eighth of the weight, from 4k latents",
