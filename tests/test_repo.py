@@ -17,7 +17,7 @@ NBS, LIB = ROOT / "nbs", ROOT / "sae_lab"
 REFERENCE = sorted(p for p in NBS.glob("[0-9]*/*.ipynb"))
 EVERY = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 LAYERS = ["ground", "coders", "sources", "splice", "training", "features", "measures", "causal", "words", "views"]
-TOP = {"lab", "cli", "bench", "__init__", "_modidx"}
+TOP = {"lab", "cli", "bench", "workbench", "__init__", "_modidx"}
 BY_HAND = {"__init__.py", "_modidx.py"}  # and every module that says "hand-written" in its first line
 
 
