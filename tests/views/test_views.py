@@ -39,7 +39,7 @@ def strips(draw):
 def test_registered_views_are_lawful(name):
     example = views[name].meta["example"]()
     assert isinstance(example, views[name].value) or type(example).__name__ == views[name].value.__name__
-    assert check_view(example) == ["frozen", "json", "html", "text", "rows", "pure"]
+    assert check_view(example) == ["frozen", "json", "html", "text", "rows", "pure", "again"]
 
 
 def test_every_kind_of_view_is_registered():
