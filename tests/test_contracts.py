@@ -15,7 +15,7 @@ from sae_lab.sources.stream import TensorSource
 from sae_lab.training.fit import train
 
 TRAINED = [name for name in coders if coders[name].meta["recipe"] is not None]
-OFFLINE = [name for name in corpora if name not in ("text", "jsonl", "hf")]
+OFFLINE = [name for name in corpora if name not in ("text", "jsonl", "conllu", "hf")]
 
 
 def source(n=4096, d=16):

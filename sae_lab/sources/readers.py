@@ -111,7 +111,7 @@ def mixed(streams: Mapping[str, Iterable[Document]], # by name
         yield document
 
 # %% ../../nbs/02_sources/04_readers.ipynb #3f94601e
-corpora = Registry("corpus")
+corpora = Registry("corpus", "sae_lab.sources")
 
 corpora.add("python_docs", idea="the text that ships with Python: help topics, docstrings, code")(python_docs)
 corpora.add("text", idea="text files")(text_files)

@@ -51,7 +51,7 @@ def test_mixing_by_characters():
 
 def test_corpora_by_name():
     "Every name has a line that says what it is, and makes documents."
-    assert {"bundled", "fables", "hf", "jsonl", "python_docs", "text"} == set(corpora)
+    assert {"bundled", "conllu", "fables", "hf", "jsonl", "python_docs", "text"} == set(corpora)
     assert all(row["idea"] for row in corpora.table())
     ids = [d.id for d, _ in zip(corpora["bundled"](), range(50))]
     assert ids == [d.id for d, _ in zip(corpora["bundled"](), range(50))] and len(set(ids)) == 50
