@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Background']
 
-# %% ../../nbs/04_training/07_background.ipynb #fd2abb4f
+# %% ../../nbs/04_training/07_background.ipynb #183367f2
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -14,9 +14,10 @@ from ..coders.contract import AbstractCoder
 from ..ground.errors import InputError, Stopped
 from ..ground.html import table
 from ..sources.stream import Source
-from .events import Event, Finished, Interrupted, Step, Tick
-from .fit import events, settings_of
+from .events import Changed, Event, Finished, Interrupted, Step, Tick
+from .fit import events, settings_of, steer
 from .run import Coders, begin, result
+from .step import coefficients
 
 # %% ../../nbs/04_training/07_background.ipynb #b0d8fb24
 class _Turns:
@@ -48,7 +49,7 @@ class _Turns:
                 self.visitors -= 1
                 self.lock.notify_all()
 
-# %% ../../nbs/04_training/07_background.ipynb #d7adb2de
+# %% ../../nbs/04_training/07_background.ipynb #3be9f74c
 class _Worker:
     "A thread that runs a run, and what it said."
     @settings_of(begin)
@@ -71,11 +72,13 @@ class _Worker:
     def _work(self) -> None:
         with ExitStack() as stack, closing(events(self.run)) as happening:
             stack.push(self._keep)
-            while self.turns.stepping():
+            going = True  # `start` took the first turn: nobody looks in before there is something to see
+            while going:
                 event = next(happening, None)
                 if event is not None and not isinstance(event, Tick): self.events.append(event)
                 self.turns.stepped()
                 if event is None: return
+                going = self.turns.stepping()
             self.events.append(Interrupted(self.run.step, self.run.tokens, "stopped"))
 
     @property
@@ -98,7 +101,7 @@ def _card(work: _Worker) -> str:
     about = table([{"training": key, "": value} for key, value in facts.items()])
     return about + (table(coders) if coders else "")
 
-# %% ../../nbs/04_training/07_background.ipynb #25630f32
+# %% ../../nbs/04_training/07_background.ipynb #72695231
 class Background(_Worker):
     "Training in a thread of its own; ask it anything while it runs."
     def start(self) -> "Background":
@@ -106,6 +109,7 @@ class Background(_Worker):
         if self.thread.ident is not None:
             raise InputError(f"it began before and is {self.status}", "a new one", "make another "
                              "Background; with the same folder it goes on where this one ended")
+        self.turns.busy = True
         self.thread.start()
         return self
 
@@ -135,9 +139,29 @@ class Background(_Worker):
 
     def snapshot(self, name: str | None = None) -> AbstractCoder:
         "A copy of a coder as it stands, in model units; no name is needed where there is one coder."
+        with self.turns.between(): return result(self.run, self._one(name))
+
+    def change(self,
+               coefficient: str,          # "lr", or a parameter of the coder's objective: "l1", "aux", ...
+               value: float,              # what it is from the next step on
+               coder: str | None = None,  # name; not needed where there is one coder
+               ) -> Changed:              # the event, which stands in `events`, the log and the coder's provenance
+        "Change a coefficient of the running training; raises UnknownName, or InputError when it does not run."
+        with self.turns.between():
+            if self.status not in ("running", "paused"):
+                raise InputError(f"a training that is {self.status}", "one that runs or is paused", "start a training")
+            self.events.append(event := steer(self.run, self._one(coder), coefficient, value))
+        return event
+
+    @property
+    def coefficients(self) -> dict[str, dict[str, float]]:
+        "What may be changed, by coder, as it stands."
+        return {name: coefficients(t.recipe) | t.changed for name, t in self.run.trainees.items()}
+
+    def _one(self, name: str | None) -> str:
         if name is None and len(self.run.given) > 1:
             raise InputError("no name", f"one of {', '.join(self.run.given)}", "say which coder")
-        with self.turns.between(): return result(self.run, name or next(iter(self.run.given)))
+        return name or next(iter(self.run.given))
 
     @property
     def history(self) -> list[dict]:
