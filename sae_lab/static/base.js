@@ -48,7 +48,8 @@ function notes(root) {
     if (typeof content === "string") box.innerHTML = content; else box.replaceChildren(content);
     const at = target.getBoundingClientRect(), home = root.getBoundingClientRect();
     const left = Math.min(at.left - home.left, home.width - box.offsetWidth - 4);
+    const over = at.bottom + box.offsetHeight + 8 > Math.min(home.bottom, innerHeight) && at.top - home.top > box.offsetHeight + 8;
     box.style.left = `${Math.max(0, left)}px`;
-    box.style.top = `${at.bottom - home.top + 4}px`;
+    box.style.top = `${over ? at.top - home.top - box.offsetHeight - 4 : at.bottom - home.top + 4}px`;
   };
 }

@@ -60,7 +60,7 @@ def reply(answers: Mapping[str, Callable], # functions by name
 # %% ../../nbs/09_views/20_widget.ipynb #43640f25
 widgets = Registry("widget", "sae_lab.views")
 
-# %% ../../nbs/09_views/20_widget.ipynb #20c3da44
+# %% ../../nbs/09_views/20_widget.ipynb #22cf6dcc
 @widgets.add("plain", idea="any view, as it is",
              example=lambda: AbstractWidget(TokenStrip(("The", " fox", " sat", "."), (0.0, 2.0, 0.5, 0.0))))
 class AbstractWidget(anywidget.AnyWidget):
@@ -73,13 +73,17 @@ class AbstractWidget(anywidget.AnyWidget):
                  view: AbstractPayload,                          # what is shown
                  answers: Mapping[str, Callable] | None = None,  # functions that the script may ask for
                  **traits: Any):                                 # of the subclass
-        super().__init__(html=view.to_html(), **traits)
+        super().__init__(html=self.drawn(view), **traits)
         self.view, self.answers = view, dict(answers or {})
         self.on_msg(lambda _, content, buffers: self.send(reply(self.answers, content)))
 
+    def drawn(self, view: AbstractPayload) -> str: # view: what is shown
+        "HTML for the script; a subclass may add to the static one what a script needs."
+        return view.to_html()
+
     def show(self, view: AbstractPayload) -> None: # view: what is shown from now on
         "Show another payload of the same kind."
-        self.view, self.html = view, view.to_html()
+        self.view, self.html = view, self.drawn(view)
 
     def save_figures(self, stem: str, **options: Any) -> SavedFigures: # stem, options: as in `save_figures`
         "Write what is shown as PDF, SVG, PNG, HTML, CSV and JSON."
