@@ -18,7 +18,7 @@ import pandas as pd
 from ..ground.errors import InputError
 from .payload import Number
 
-# %% ../../nbs/09_views/24_family.ipynb #dbe099c4
+# %% ../../nbs/09_views/24_family.ipynb #47571f6e
 KINDS = ("cosine", "correlation", "given")  # evidence of an edge; `given` is P(parent fires | child fires)
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Null:
     q95: Number       # its 95 % point
     q99: Number       # its 99 % point
     max: Number       # the largest of all draws
+    level: int = -1   # number of the parents' dictionary; -1: of every one
 
 @dataclass(frozen=True)
 class Mean:
@@ -94,7 +95,7 @@ class Ladder:
         steps = " → ".join(f"{name} ({size:,})" for name, size in zip(self.names, self.sizes, strict=True))
         return f"Ladder({steps}; {int(self.edges['shown'].sum()):,} of {len(self.edges['shown']):,} edges shown)"
 
-# %% ../../nbs/09_views/24_family.ipynb #5c2f551b
+# %% ../../nbs/09_views/24_family.ipynb #8c80f210
 def _per_latent(given: Any, size: int, empty: Any) -> list:
     "A value for every latent from a sequence, a mapping, or nothing."
     if given is None: return [empty] * size
@@ -142,7 +143,8 @@ def ladder(splitting: Any,                       # anything with names, sizes, e
 def _nulls(splitting: Any) -> tuple[Null, ...]:
     rows = splitting.nulls.to_dict("records")
     return tuple(Null(str(row["evidence"]), str(row["null"]), int(row["draws"]),
-                      *(float(row[name]) for name in ("q50", "q95", "q99", "max"))) for row in rows)
+                      *(float(row[name]) for name in ("q50", "q95", "q99", "max")), int(row.get("level", -1)))
+                 for row in rows)
 
 def _means(splitting: Any) -> tuple[Mean, ...]:
     rows = splitting.children_per_latent().to_dict("records")
