@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOMB', 'UNREADABLE', 'Named', 'formats', 'PROCESSING', 'damaged', 'read_safetensors', 'read_pickle', 'read_npz',
            'needed', 'fact', 'fold_scale', 'fold_norms', 'shift', 'widths', 'build', 'reader', 'has', 'peek',
-           'read_own', 'detect', 'read', 'write', 'processing', 'check_subject']
+           'read_own', 'detect', 'read', 'write', 'processing', 'subject_of', 'check_subject']
 
 # %% ../../nbs/01_coders/30_formats.ipynb #6f8dd05d
 import json
@@ -316,7 +316,7 @@ def write(coder: AbstractCoder,   # any
         raise InputError(f"{format} is only read", f"one of {', '.join(able)}", "choose another format")
     return make(coder, Path(folder))
 
-# %% ../../nbs/01_coders/30_formats.ipynb #a437bd6d
+# %% ../../nbs/01_coders/30_formats.ipynb #7f5f3f74
 PROCESSING = ("fold_ln", "center_writing_weights", "fold_value_biases")
 
 def processing(identity: Mapping[str, Any], # of a subject
@@ -327,15 +327,23 @@ def processing(identity: Mapping[str, Any], # of a subject
     given = str(said.get("given", ""))
     return known | ({"fold_ln": given.endswith("Pre")} if given.startswith(("LN", "RMS")) else {})
 
+def subject_of(identity: Mapping[str, Any], # of a subject, or of a source of activations
+               ) -> Mapping[str, Any]:      # of the subject they are from; empty where it is not said
+    "The subject behind activations."
+    inner = identity.get("subject") or identity.get("source")
+    if isinstance(inner, Mapping): return subject_of(inner)
+    return identity if "processing" in identity else {}
+
 def check_subject(spec: Spec,                 # of a coder
-                  identity: Mapping[str, Any], # of the subject it meets
+                  identity: Mapping[str, Any], # of the subject it meets, or of a source of activations
                   allow: bool = False,         # True: whatever the processing
                   ) -> None:
     "Raise InputError when a coder was made for weights processed in another way."
-    made, met = processing(spec.subject), processing(identity)
+    subject = subject_of(identity)
+    made, met = processing(spec.subject), processing(subject)
     differ = [key for key in PROCESSING if key in made and key in met and made[key] != met[key]]
     if not differ or allow: return
-    name = identity.get("name", "this subject")
+    name = subject.get("name", "this subject")
     one, other = (", ".join(f"{key}={side[key]}" for key in differ) for side in (made, met))
     raise InputError(f"a coder made with {one}, while {name} has {other}", "the same processing of the "
                      "weights", f"Subject.load(..., {one}), or pass any_processing=True", differ=differ)

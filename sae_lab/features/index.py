@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'entries', 'build', 'stat_columns', 'FeatureIndex', 'check_latent', 'open_index', 'summary', 'page']
 
-# %% ../../nbs/05_features/02_index.ipynb #e8cfff8d
+# %% ../../nbs/05_features/02_index.ipynb #20fe8342
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 
 from ..coders.contract import AbstractCoder
+from ..coders.formats import check_subject
 from .inverted import latent_stats, merge, spill_all
 from .pages import Page, Sizes, Text, groups, token_lists
 from ..ground.errors import DamagedFile, InputError, NumericError
@@ -96,7 +97,7 @@ def _save_lists(folder:Path, stream, doc:np.ndarray, d_sae:int, bins:int, chunk:
     columns = {name: np.concatenate([each[name] for each in ranges]) for name in ranges[0]}
     save_tensors(folder/"stats.safetensors", {name: torch.from_numpy(c) for name, c in columns.items()})
 
-# %% ../../nbs/05_features/02_index.ipynb #d525f9af
+# %% ../../nbs/05_features/02_index.ipynb #1a6d025b
 def build(coder:AbstractCoder,                   # any coder
           source,                                # activations of `tokens` in corpus order
           tokens,                                # the tokens, of the explain part
@@ -106,8 +107,10 @@ def build(coder:AbstractCoder,                   # any coder
           bins:int=50,                           # steps of each latent's histogram over [0, max]
           chunk:int=2_000_000,                   # activations in memory before they are spilled
           progress:Callable[[int, int], object]|None=None, # told tokens done and tokens in all
+          any_processing:bool=False,             # True: also a coder made for other processing of weights
 )->Path:                                         # the folder
     "Write a feature index whole or not at all."
+    check_subject(coder.spec, source.identity, any_processing)
     ids, doc = _arrays(tokens)
     reading = _Reading(ids, np.zeros(ids.shape, bool))
     facts = dict(kind="feature index", version=1, d_sae=coder.d_sae, shape=list(ids.shape), bins=bins,

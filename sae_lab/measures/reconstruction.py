@@ -8,7 +8,7 @@ __all__ = ['measures', 'Parts', 'statistic', 'evaluate', 'reflected', 'token_sta
            'dense_1', 'dense_10', 'dead', 'documents', 'reconstruction_totals', 'reconstruction', 'plain', 'together',
            'frame']
 
-# %% ../../nbs/06_measures/00_reconstruction.ipynb #65a962bd
+# %% ../../nbs/06_measures/00_reconstruction.ipynb #80d0d2d5
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import add
@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..coders.contract import AbstractCoder, Spec
+from ..coders.formats import check_subject
 from ..ground.errors import InputError, NumericError
 from ..ground.registry import Registry
 from ..ground.sparse import Codes
@@ -212,14 +213,16 @@ def reconstruction_totals(coder:AbstractCoder,   # any coder
     if total is None: raise InputError("a source without batches", "at least one token", "give more text")
     return dict(zip(("tokens", "firing"), total))
 
-# %% ../../nbs/06_measures/00_reconstruction.ipynb #f7b6684e
+# %% ../../nbs/06_measures/00_reconstruction.ipynb #4e9ca304
 def reconstruction(coder:AbstractCoder,             # any coder
                    source,                          # activations of the score part
                    null:AbstractCoder|None=None,    # what it is compared with
                    seed:int=0,                      # of the bootstrap
                    r:int=200,                       # replicates
+                   any_processing:bool=False,       # True: also a coder made for other processing of weights
 )->dict[str, Measure]:                              # by name
     "Every measure that needs activations only."
+    check_subject(coder.spec, source.identity, any_processing)
     parts = reconstruction_totals(coder, source, seed, r)
     base = {} if null is None else reconstruction_totals(null, source, seed, 2)
     return together(parts, {part: plain(totals) for part, totals in base.items()})

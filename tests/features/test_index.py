@@ -11,6 +11,7 @@ from sae_lab.coders.contract import make
 from sae_lab.features.index import FeatureIndex, build, open_index
 from sae_lab.features.pages import Sizes
 from sae_lab.ground.errors import DamagedFile, InputError, NumericError
+from sae_lab.measures.reconstruction import reconstruction
 from sae_lab.sources.bridge import native
 from sae_lab.sources.corpus import Tokens
 from sae_lab.sources.stream import Batch, Stream
@@ -272,3 +273,16 @@ def test_a_subject_at_work_is_indexed(tmp_path):
         np.testing.assert_allclose(value, dense[position, latent], rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="corpus order"):
         build(coder, Stream(subject, tokens, hook, seed=0), tokens, tmp_path / "j")
+
+
+def test_other_processing_is_refused(tokens, tmp_path):
+    "A coder made for folded weights is not indexed on activations of unfolded ones, unless one insists."
+    coder = make("topk", d_in=D, d_sae=D_SAE, k=4)
+    coder.spec = coder.spec.with_(subject={"name": "toy", "processing": {"fold_ln": True}})
+    source = Source(tokens)
+    source.identity = {"kind": "stream", "subject": {"name": "toy", "processing": {"fold_ln": False}}}
+    with pytest.raises(InputError, match="made with fold_ln=True, while toy has fold_ln=False"):
+        build(coder, source, tokens, tmp_path / "index")
+    with pytest.raises(InputError, match="fold_ln"): reconstruction(coder, source)
+    assert not list(tmp_path.iterdir())
+    assert build(coder, source, tokens, tmp_path / "index", any_processing=True).is_dir()
