@@ -57,7 +57,7 @@ def _columns(line: str, file: Path, number: int) -> dict[str, str]:
     raise DamagedFile(f"{file}, line {number}, has {len(parts)} columns" + (", some empty" if "" in parts else ""),
                       f"{len(COLUMNS)} columns between tabs", "fetch the file again", path=str(file), line=number)
 
-# %% ../../nbs/02_sources/11_conllu.ipynb #cb6d52e9
+# %% ../../nbs/02_sources/11_conllu.ipynb #029d05a8
 @dataclass(frozen=True)
 class Span:
     "One or more words on one stretch of a sentence's text."
@@ -92,7 +92,7 @@ def _surface(sentence: Sentence) -> Iterator[tuple[dict[str, str], list[dict[str
             yield word, rest[at + 1:at + 2 + covered - int(first)]
         elif int(first) > covered: yield word, [word]
 
-
+# %% ../../nbs/02_sources/11_conllu.ipynb #0030f9b4
 def spans(sentence: Sentence,    # any
           file: Path,            # where it is from, for the error
           ) -> Iterator[Span]:   # in order
