@@ -6,7 +6,7 @@
 __all__ = ['EVIDENCE', 'by_column', 'by_token', 'Margins', 'margins', 'Sums', 'cross', 'correlation', 'jaccard', 'given_a',
            'given_b', 'expected', 'same_tokens', 'one_to_all', 'Best', 'Sweep', 'blocks', 'sweep']
 
-# %% ../../nbs/05_features/03_products.ipynb #c3fe01f1
+# %% ../../nbs/05_features/03_products.ipynb #24f9288b
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,7 +14,7 @@ from typing import SupportsIndex
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Float32, Float64, Int, Int32, Int64
+from jaxtyping import Float32, Float64, Int32, Int64
 from scipy.sparse import csc_array, csr_array
 
 from .index import FeatureIndex, check_latent
@@ -61,7 +61,7 @@ def margins(codes:FeatureIndex|csr_array|csc_array, # an index, or a matrix [tok
         if alive.any(): square[first:last][alive] = np.add.reduceat(part * part, starts)
     return Margins(count, total, square)
 
-# %% ../../nbs/05_features/03_products.ipynb #688e0bbc
+# %% ../../nbs/05_features/03_products.ipynb #9fd551cf
 @dataclass(frozen=True, eq=False)
 class Sums:
     "Sums over the same tokens, of a block of latents of A with every latent of B."
@@ -97,7 +97,8 @@ def cross(a:csc_array,            # [token positions, m] a block of latents of A
 )->Sums:                          # of every pair
     "Sums of products of some latents with all of another matrix; raises ShapeError where rows differ."
     if a.shape[0] != b.shape[0]:
-        raise ShapeError(f"{a.shape[0]:,} and {b.shape[0]:,} token positions", "the same tokens", "index both on one text")
+        raise ShapeError(f"{a.shape[0]:,} and {b.shape[0]:,} token positions", "the same tokens",
+                         "index both on one text")
     mine, theirs = margins(a), of_b or margins(b)
     both, product = np.zeros((a.shape[1], b.shape[1]), np.int64), np.zeros((a.shape[1], b.shape[1]))
     for at in range(a.shape[1]):
@@ -151,7 +152,7 @@ def same_tokens(one:FeatureIndex,   # an open index
     raise InputError(f"indexes of other tokens ({one.n_tokens:,} and {other.n_tokens:,})", "one text under both",
                      "build both indexes from the same tokens")
 
-# %% ../../nbs/05_features/03_products.ipynb #bb26eee1
+# %% ../../nbs/05_features/03_products.ipynb #292b647d
 def _gathered(position:np.ndarray, value:np.ndarray, columns:csc_array)->tuple[np.ndarray, np.ndarray]:
     "Co-firings and products of one latent with all columns, in one pass over them."
     laid, starts = np.zeros(columns.shape[0], value.dtype), columns.indptr
@@ -173,8 +174,8 @@ def one_to_all(index:FeatureIndex,          # of the latent
     "Everything that one latent's activations say about every latent of another index, or of its own."
     at = check_latent(latent, index.d_sae)
     position, value = index.activations(at)
-    if isinstance(other, FeatureIndex): same_tokens(index, other)
-    pairs = _gathered(position, value, by_column(other)) if isinstance(other, FeatureIndex) else _pairs(position, value, other)
+    if not isinstance(other, FeatureIndex): pairs = _pairs(position, value, other)
+    else: pairs = _gathered(position, value, by_column(other)) if same_tokens(index, other) else ()
     theirs, wide = margins(other), value.astype(np.float64)
     mine = [np.array([each]) for each in (len(value), wide.sum(), (wide * wide).sum())]
     sums = Sums(index.n_tokens, mine[0], theirs.count, mine[1], theirs.total, mine[2], theirs.square,
@@ -213,10 +214,10 @@ class Sweep:
         return pd.DataFrame({"a": a, "b": b, "value": best.value[a, rank], "both": best.both[a, rank],
                              "count_a": self.count_a[a], "count_b": self.count_b[b]})
 
-# %% ../../nbs/05_features/03_products.ipynb #3de19fb4
+# %% ../../nbs/05_features/03_products.ipynb #780a326c
 def blocks(a:FeatureIndex,       # its latents are the rows
            b:FeatureIndex|csr_array, # its latents are the columns: an index, or `by_token` of one
-           block:int=256,        # latents of A at a time
+           block:int=128,        # latents of A at a time
 )->Iterator[tuple[int, Sums]]:   # first latent of the block, its sums with all of B
     "Sums of all pairs, a block of latents of A at a time."
     if isinstance(b, FeatureIndex): same_tokens(a, b)
@@ -234,7 +235,7 @@ def _top(score:np.ndarray, both:np.ndarray, allowed:np.ndarray, top:int)->tuple[
     real = np.isfinite(value)
     return np.where(real, at, -1), np.where(real, value, np.nan), np.where(real, np.take_along_axis(both, at, 1), 0)
 
-# %% ../../nbs/05_features/03_products.ipynb #4df45bcd
+# %% ../../nbs/05_features/03_products.ipynb #edaa266e
 def _kinds(evidence:tuple[str, ...])->dict[str, Callable[[Sums], np.ndarray]]:
     wrong = [name for name in evidence if name not in EVIDENCE]
     if wrong: raise unknown("evidence", wrong[0], EVIDENCE)
@@ -246,7 +247,7 @@ def sweep(a:FeatureIndex,                            # whose latents get lists
           top:int=8,                                 # entries of each list, at most
           evidence:tuple[str, ...]=tuple(EVIDENCE),  # kinds wanted
           least:int=1,                               # tokens a latent of B fires on to be listed
-          block:int=256,                             # latents of A at a time
+          block:int=128,                             # latents of A at a time
           progress:Callable[[int, int], object]|None=None, # told latents done and latents in all
 )->Sweep:                                            # every latent of A, dead ones with empty lists
     "Keep the latents of B nearest to each latent of A, over all pairs, in one streaming pass."
