@@ -88,7 +88,7 @@ def draw_shifts(text: Text,      # the corpus
         if np.mean(column == np.roll(column, shift)) <= 2 * usual: shifts.append(shift)
     return tuple(shifts)
 
-# %% ../../nbs/05_features/08_concepts.ipynb #68cc2ff3
+# %% ../../nbs/05_features/08_concepts.ipynb #c057993c
 @dataclass(frozen=True, eq=False)
 class Null:
     "Best scores after the labels were shifted."
@@ -106,16 +106,26 @@ def _together(tokens: np.ndarray, starts: np.ndarray, member: Any, shift: int = 
 
 def _keep_best(nulls: dict[str, Null], shift: int, first: int, both: Any, fires: np.ndarray, size: np.ndarray,
                n: int, least: int) -> None:
-    "Take the best scores of one run of latents under one shift."
-    latent = np.repeat(np.arange(both.shape[0]), np.diff(both.indptr))
+    "Take the best scores of one run of latents under one shift; F1 rises with IoU and is left to the end."
     ranked = both.data >= least
-    latent, concept, b = latent[ranked], both.indices[ranked], both.data[ranked]
-    for name, null in nulls.items():
-        found = score(name, b, fires[latent], size[concept], n)
-        np.maximum.at(null.by_latent[shift], first + latent, found)
-        np.maximum.at(null.by_concept[shift], concept, found)
+    latent = np.repeat(np.arange(both.shape[0]), np.diff(both.indptr))[ranked]
+    b, concept = both.data[ranked].astype(np.float64), both.indices[ranked]
+    f, s = fires.astype(np.float64)[latent], size.astype(np.float64)[concept]
+    starts = np.flatnonzero(np.diff(latent, prepend=-1))
+    for name in ("iou", "mcc", "lift"):
+        found = score(name, b, f, s, n)
+        if len(found): nulls[name].by_latent[shift, first + latent[starts]] = np.maximum.reduceat(found, starts)
+        np.maximum.at(nulls[name].by_concept[shift], concept, found)
 
-# %% ../../nbs/05_features/08_concepts.ipynb #13140a21
+
+def _with_f1(nulls: dict[str, Null]) -> dict[str, Null]:
+    "F1 = 2 IoU / (1 + IoU), for the best as for any."
+    iou = [np.maximum(each, 0) for each in (nulls["iou"].by_latent, nulls["iou"].by_concept)]
+    f1 = [np.where(np.isfinite(each), 2 * i / (1 + i), -np.inf)
+          for each, i in zip((nulls["iou"].by_latent, nulls["iou"].by_concept), iou)]
+    return {"iou": nulls["iou"], "f1": Null(*f1), "mcc": nulls["mcc"], "lift": nulls["lift"]}
+
+# %% ../../nbs/05_features/08_concepts.ipynb #d265d37a
 def counted(index: FeatureIndex,        # an open index
             concepts: Concepts,         # on its tokens
             shifts: Sequence[int] = (), # of the labels, tokens
@@ -128,7 +138,7 @@ def counted(index: FeatureIndex,        # an open index
     shape, n = (index.d_sae, len(concepts)), concepts.n
     number = np.cumsum(index.text.seen.reshape(-1), dtype=np.int32) - 1
     both, fires = np.zeros(shape, np.int32), np.zeros(shape[0], np.int64)
-    nulls = {name: Null(*(np.full((len(shifts), size), -np.inf) for size in shape)) for name in RANKED}
+    nulls = {name: Null(*(np.full((len(shifts), size), -np.inf) for size in shape)) for name in ("iou", "mcc", "lift")}
     for first, last in latent_ranges(np.asarray(index.indptr), limit):
         tokens, starts = fired(index, first, last, number, quantile)
         fires[first:last] = np.diff(starts)
@@ -137,7 +147,7 @@ def counted(index: FeatureIndex,        # an open index
             moved = _together(tokens, starts, concepts.member, shift)
             _keep_best(nulls, row, first, moved, fires[first:last], concepts.size, n, least)
         if progress: progress(last, shape[0])
-    return both, fires, nulls
+    return both, fires, _with_f1(nulls)
 
 # %% ../../nbs/05_features/08_concepts.ipynb #7982810d
 def _by_document(scores: "ConceptScores", latents: np.ndarray, concepts: np.ndarray) -> tuple[Any, Any]:
