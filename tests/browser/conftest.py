@@ -1,4 +1,4 @@
-"A real JupyterLab in a real Chromium, with nothing but this machine to talk to."
+"A real JupyterLab and Notebook 7 in a real Chromium, with nothing but this machine to talk to."
 import os
 import shutil
 import socket
@@ -10,7 +10,10 @@ import urllib.request
 
 import nbformat
 import pytest
-from playwright.sync_api import TimeoutError as PlaywrightTimeout
+
+READY = """() => { const at = window.jupyterapp?.shell.currentWidget?.sessionContext;
+return at?.isReady && at.session?.kernel?.connectionStatus === 'connected' && at.session.kernel.status === 'idle' }"""
+OURS = ("blob:", "file:")  # where our scripts are run from: console errors from elsewhere are the host's own
 
 
 def free_port():
@@ -31,6 +34,77 @@ def answers(url, seconds=60):
     raise TimeoutError(f"{url} gave no answer in {seconds} s")
 
 
+def write_book(path, cells):
+    "Write code cells as a notebook."
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": kernel})
+    nbformat.write(book, path)
+
+
+def watch(page, *inside):
+    "Let a page note requests that leave the machine, errors nobody caught, and console errors of our scripts."
+    page.outside, page.errors = [], []
+    inside = ("data:", "blob:", "file:", "about:", "chrome:", *inside)
+    page.on("request", lambda r: None if r.url.startswith(inside) else page.outside.append(r.url))
+    page.on("websocket", lambda s: None if s.url.startswith(inside) else page.outside.append(s.url))
+    page.on("pageerror", lambda e: page.errors.append(str(e)))
+
+    def heard(message):
+        if message.type == "error" and (message.location.get("url") or "").startswith(OURS):
+            page.errors.append(message.text)
+
+    page.on("console", heard)
+    return page
+
+
+class Book:
+    "A notebook in JupyterLab, driven by the commands that its menus call."
+
+    def __init__(self, page, address, root):
+        self.page, self.address, self.root = page, address, root
+
+    def open(self, name, *cells):
+        "Write cells as a notebook and open it in a fresh workspace."
+        if cells:
+            write_book(self.root / name, cells)
+        self.page.goto(f"{self.address}/lab/tree/{name}?reset")
+        self.page.wait_for_function(READY, timeout=90_000)
+        return self
+
+    def command(self, name, **args):
+        "Start one of JupyterLab's commands; it may wait for a dialog, so nobody waits for it here."
+        self.page.evaluate("([name, args]) => { window.jupyterapp.commands.execute(name, args) }", [name, args])
+
+    def run(self, seconds=120):
+        "Run all cells and wait for the last one."
+        over = self.page.evaluate("""seconds => Promise.race([
+            window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => true),
+            new Promise(go => setTimeout(go, 1000 * seconds, false))])""", seconds)
+        assert over, f"the cells took more than {seconds} s"
+        return self
+
+    def restart(self):
+        "Restart the kernel, saying yes to the question."
+        self.command("notebook:restart-kernel")
+        self.page.locator(".jp-Dialog .jp-mod-accept").click()
+        self.page.wait_for_selector(".jp-Dialog", state="detached")
+        self.page.wait_for_function(READY, timeout=60_000)
+
+    def save(self, name):
+        "Save, and wait until the file has changed."
+        path = self.root / name
+        before = path.stat().st_mtime_ns
+        self.command("docmanager:save")
+        end = time.monotonic() + 30
+        while path.stat().st_mtime_ns == before and time.monotonic() < end:
+            time.sleep(.1)
+        return path
+
+    def cell(self, i):
+        "The cell at a place."
+        return self.page.locator(".jp-CodeCell").nth(i)
+
+
 @pytest.fixture(scope="session")
 def chromium():
     "A headless Chromium; tests are skipped where none is installed."
@@ -47,7 +121,7 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def jupyter(tmp_path_factory):
-    "A JupyterLab server with a home of its own: its address and its folder."
+    "A JupyterLab server, which serves Notebook 7 as well, with a home of its own: its address and its folder."
     home = tmp_path_factory.mktemp("jupyter")
     root = home / "root"
     root.mkdir()
@@ -56,7 +130,7 @@ def jupyter(tmp_path_factory):
              "JUPYTERLAB_WORKSPACES_DIR", "SAE_LAB_HOME")
     folders = {name: str(home / name) for name in names}
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
-               "--IdentityProvider.token=", "--LabApp.news_url=None",
+               "--IdentityProvider.token=", "--LabApp.news_url=None", "--expose-app-in-browser",
                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     with open(home / "log", "w") as log:
         server = subprocess.Popen(command, cwd=root, env={**os.environ, **folders}, stdout=log, stderr=log)
@@ -68,36 +142,33 @@ def jupyter(tmp_path_factory):
             server.wait(20)
 
 
-@pytest.fixture
-def run_cells(chromium, jupyter):
-    "Open cells as a notebook in JupyterLab and run them all; the page notes requests that leave the machine."
+@pytest.fixture(scope="module")
+def new_page(chromium):
+    "Pages of a module, each in a context of its own; they note what leaves the machine and what goes wrong."
+    contexts = []
+
+    def new(*inside, **options):
+        contexts.append(chromium.new_context(**{"viewport": {"width": 1300, "height": 1600}, **options}))
+        return watch(contexts[-1].new_page(), *inside)
+
+    yield new
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def new_book(new_page, jupyter):
+    "Notebooks of a module in JupyterLab."
     address, root = jupyter
-    context = chromium.new_context(viewport={"width": 1300, "height": 1600})
-    page = context.new_page()
-    page.outside, page.errors = [], []
-    inside = (address, "data:", "blob:", address.replace("http", "ws"))
-    page.on("request", lambda r: None if r.url.startswith(inside) else page.outside.append(r.url))
-    page.on("pageerror", lambda e: page.errors.append(str(e)))
+    return lambda: Book(new_page(address, address.replace("http", "ws")), address, root)
 
+
+@pytest.fixture
+def run_cells(new_book):
+    "Open cells as a notebook in JupyterLab and run them all; gives the page."
     def run(name, *cells):
-        kernel = {"name": "python3", "display_name": "python3", "language": "python"}
-        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells],
-                                        metadata={"kernelspec": kernel})
-        nbformat.write(book, root / name)
-        page.goto(f"{address}/lab/tree/{name}?reset")
-        idle = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
-        page.wait_for_selector(idle, timeout=90_000)
-        for _ in range(5):  # a click right after the kernel is ready may be lost
-            page.locator(".jp-Notebook .jp-CodeCell").first.click()
-            page.get_by_role("menuitem", name="Run", exact=True).click()
-            page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-            begun = page.locator(".jp-InputPrompt", has_text="*").or_(page.locator(".jp-OutputArea-output"))
-            try:
-                begun.first.wait_for(timeout=5_000)
-                return page
-            except PlaywrightTimeout:
-                continue
-        raise AssertionError("JupyterLab did not run the cells")
+        book = new_book().open(name, *cells)
+        book.command("notebook:run-all-cells")
+        return book.page
 
-    yield run
-    context.close()
+    return run
