@@ -217,13 +217,13 @@ def _sent(value: Any) -> str:
     if value is None: return ""
     return SEP.join(token_text(part, 40) for part in value.split(SEP)[:6])
 
-# %% ../../nbs/09_views/22_browser.ipynb #abef8734
+# %% ../../nbs/09_views/22_browser.ipynb #d1cd1c64
 @widgets.add("browser", idea="every latent of a dictionary: sort, filter, search, select, pin",
              example=lambda: BrowserWidget(_example()))
 class BrowserWidget(AbstractWidget):
     "A table of latents that sorts, filters and searches in the browser."
     _esm = static("base.js", "numbers.js", "browser.js")
-    _css = static("base.css", "browser.css")
+    _css = static("base.css", "numbers.css", "browser.css")
     latents = traitlets.Bytes().tag(sync=True)     # int32 [n]
     numbers = traitlets.Bytes().tag(sync=True)     # float32 [columns of numbers, n]
     words = traitlets.Bytes().tag(sync=True)       # UTF-8 JSON, a list a column of words
