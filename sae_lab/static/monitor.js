@@ -126,7 +126,9 @@ export default {
       if (value.value === "") return say("Give a number.", true);
       call("change", { coder: coder.value, coefficient: coefficient.value, value: Number(value.value) }, (text) => { value.dataset.own = ""; say(text); });
     });
-    const open = button("Open card", () => call("card", { coder: coder.value, latent: Number(latent.value) }));
+    const show = (again) => call("card", { coder: coder.value, latent: Number(latent.value), again });
+    const open = button("Open card", () => show(false)), same = button("in the same copy", () => show(true));
+    same.title = "The card of this latent as it stood when the card below was made; quick, since the text is read already.";
     const enter = (input, key) => input.addEventListener("keydown", (e) => { if (e.key === "Enter") key.click(); });
     enter(value, put); enter(latent, open);
     value.addEventListener("input", () => { value.dataset.own = "1"; });
@@ -134,7 +136,7 @@ export default {
     const forget = () => { value.dataset.own = ""; controls(); };
     coder.onchange = coefficient.onchange = forget;
     const whose = part(make("label", {}, "coder ", coder)), weight = part(make("label", {}, "coefficient ", coefficient), value, put);
-    const look = part(make("label", {}, "latent ", latent), open);
+    const look = part(make("label", {}, "latent ", latent), open, same);
     const controls = () => {
       const { status = "", coefficients = {}, latents = {}, why = "" } = model.get("controls");
       const live = status === "running" || status === "paused", names = Object.keys(coefficients);
@@ -147,6 +149,7 @@ export default {
       if (!value.dataset.own) value.value = coefficients[coder.value]?.[coefficient.value] ?? "";
       const size = latents[coder.value];
       open.disabled = latent.disabled = !size;
+      same.hidden = !model.get("card");
       look.title = size ? `0 to ${size - 1}` : why;
       if (size) latent.max = size - 1;
     };
@@ -157,7 +160,7 @@ export default {
     const then = make("span", { className: "sl-quiet", textContent: "now" });
     const back = make("label", { className: "sl-mon-back" }, "look back", slider, then);
     const line = timeline(model, body, note, (t, values) => {
-      then.textContent = t === null ? "now" : `at ${brief(t)} tokens: the histograms as they were`;
+      then.textContent = t === null ? "now" : `at ${brief(t)} tokens`;
       slider.setAttribute("aria-valuetext", t === null ? "now" : `${brief(t)} tokens; ${values.map((v) => `${v.coder} ${v.name} ${brief(v.value)}`).join(", ")}`);
     });
     slider.addEventListener("input", () => line.hold(slider.value / 1000));
@@ -170,7 +173,7 @@ export default {
     const doing = () => say(model.get("doing"), model.get("doing").startsWith("!"));
     model.on("change:doing", () => { const text = model.get("doing"); say(text.replace(/^!/, ""), text.startsWith("!")); });
     if (model.get("doing")) doing();
-    const opened = () => { card.innerHTML = model.get("card"); };
+    const opened = () => { card.innerHTML = model.get("card"); same.hidden = !model.get("card"); };
     model.on("change:card", opened);
     opened();
   },
