@@ -1,5 +1,10 @@
 // Shared by every widget; it stands in front of each widget's own module.
 
+// Keys pressed inside a widget are its own: JupyterLab's shortcuts leave alone what says so.
+window.slKeys ??= document.addEventListener("focusin", ({ target }) => {
+  target.closest?.(".sl")?.setAttribute("data-lm-suppress-shortcuts", "true");
+}, true) ?? true;
+
 /** What asks the kernel: `ask("name", {argument: value})` is a promise of what the Python function `name` gives. */
 function asker(model) {
   const waiting = new Map(), mine = Math.random().toString(36).slice(2);
