@@ -161,7 +161,7 @@ function trial(model, ask) {
   key.addEventListener("click", run);
   box.addEventListener("keydown", (event) => event.key === "Enter" && run());
   model.on("change:html", run);
-  return make("div", { className: "sl-trial" }, make("div", { className: "sl-line" }, box, key), out);
+  return [make("span", { className: "sl-line" }, box, key), out];
 }
 
 export default {
@@ -169,8 +169,8 @@ export default {
     el.classList.add("sl", "sl-card");
     const ask = asker(model), body = make("div", { className: "sl-body" });
     const problem = make("div", { className: "sl-error", role: "alert" });
-    el.append(make("div", { className: "sl-bar" }, steps(model), problem), body);
-    if (model.get("can").includes("try")) el.append(trial(model, ask));
+    const [line, tried] = model.get("can").includes("try") ? trial(model, ask) : ["", ""];
+    el.append(make("div", { className: "sl-bar" }, steps(model), line), problem, tried, body);
     const note = notes(el), leave = tokens(model, body, note, ask);
     let redraw = [];
     const draw = () => redraw.forEach((each) => each());

@@ -145,10 +145,10 @@ def examples_html(card: LatentCard,  # a card
     made = [section_html(*each, card.scale, detail) for each in sections(card.groups)]
     return legend(card.scale, "model units" + less, signed) + "".join(made) if made else ""
 
-# %% ../../nbs/09_views/05_card.ipynb #27bd3988
-SIDE = "flex:1 1 330px;min-width:0;display:flex;flex-wrap:wrap;gap:12px 24px;align-content:flex-start"
+# %% ../../nbs/09_views/05_card.ipynb #4ef975ad
+SIDE = "flex:1 1 310px;min-width:0;display:flex;flex-wrap:wrap;gap:12px 20px;align-content:flex-start"
 MAIN = "flex:99 1 540px;min-width:0"
-BELOW = "display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:18px 28px;padding-top:16px"
+BELOW = "display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:18px 28px;padding-top:16px"
 
 def charts(card: LatentCard,  # a card
            ) -> list[str]:    # HTML of each
@@ -160,7 +160,7 @@ def card_html(card: LatentCard,   # a card
               side: list[str],    # charts and tables beside the text
               ) -> str:           # HTML
     "Put a card together."
-    left = "".join(f"<div>{each}</div>" for each in side)
+    left = "".join(f'<div style="flex:0 1 300px;min-width:0">{each}</div>' for each in side)
     text, below = examples_html(card, detail), "".join(ranking_html(each, detail > 2) for each in card.rankings)
     columns = [f'<div style="{SIDE}">{left}</div>'] if left else []
     columns += [f'<div style="{MAIN}">{text}</div>'] if text else []
@@ -214,7 +214,7 @@ def latent_card(page: Any,                          # a page of a feature index
     groups = page_groups(page, top, per_band, near_misses, per_interval)
     return LatentCard(int(page.latent), stats | (facts or {}), tokens, where, histogram, logits, groups, **more)
 
-# %% ../../nbs/09_views/05_card.ipynb #64330b15
+# %% ../../nbs/09_views/05_card.ipynb #5c3e8a25
 def _example() -> LatentCard:
     "A card as the docs and the contract tests show it."
     words = " the small fox saw a crow and said nothing . the fox".split()
@@ -231,8 +231,8 @@ def _example() -> LatentCard:
                       LogitTable((" fox", " tail"), (2.1, 1.2), (" the",), (-0.9,)),
                       (Group("strongest", "3 of 905, a biased sample", tuple(made[:3]), "top"),
                        Group("by rank of activation", "uniform samples of bands of equal count", (), "rank"),
-                       Group("50 to 100 %", "0.9 to 4, n = 452 (50%)", tuple(made[3:]), "rank"),
+                       Group("50 to 100 %", "0.9 – 4, n = 452 (50%)", tuple(made[3:]), "rank"),
                        Group("by value of activation", "uniform samples of bands of equal width", (), "value"),
-                       Group("4/5 to 5/5 of max", "3.2 to 4, n = 3 (0.3%)", tuple(made[:1]), "value")),
+                       Group("4/5 to 5/5 of max", "3.2 – 4, n = 3 (0.3%)", tuple(made[:1]), "value")),
                       explanation=Explanation("the word “fox”", "token rules", 0.83, 0.79, 0.87, "detection", 100),
                       rankings=(near, f1))
