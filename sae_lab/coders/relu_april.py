@@ -55,8 +55,8 @@ def fold_norms(coder: Dictionary,   # with a gate that judges each latent by its
     if isinstance(out.gate, Threshold | Jump): out.gate.threshold = out.gate.threshold * lengths
     return out
 
-# %% ../../nbs/01_coders/08_relu_april.ipynb #11e1e187
-RELU_APRIL = Recipe(relu_april_objective, lr=1e-3, unit_norm=False, centre=None)
+# %% ../../nbs/01_coders/08_relu_april.ipynb #93dc821a
+RELU_APRIL = Recipe(relu_april_objective, lr=1e-3, unit_norm=False, centre=None, clip=0.01)
 
 @register("relu_april", recipe=RELU_APRIL, paper="Conerly et al. 2024, Update on how we train SAEs",
           idea="activity is priced at the length of its decoder row, which is free",
