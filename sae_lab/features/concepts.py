@@ -88,7 +88,7 @@ def draw_shifts(text: Text,      # the corpus
         if np.mean(column == np.roll(column, shift)) <= 2 * usual: shifts.append(shift)
     return tuple(shifts)
 
-# %% ../../nbs/05_features/08_concepts.ipynb #c057993c
+# %% ../../nbs/05_features/08_concepts.ipynb #5d10c4d2
 @dataclass(frozen=True, eq=False)
 class Null:
     "Best scores after the labels were shifted."
@@ -113,7 +113,7 @@ def _keep_best(nulls: dict[str, Null], shift: int, first: int, both: Any, fires:
     f, s = fires.astype(np.float64)[latent], size.astype(np.float64)[concept]
     starts = np.flatnonzero(np.diff(latent, prepend=-1))
     for name in ("iou", "mcc", "lift"):
-        found = score(name, b, f, s, n)
+        found = np.nan_to_num(score(name, b, f, s, n), nan=-np.inf, posinf=np.inf)
         if len(found): nulls[name].by_latent[shift, first + latent[starts]] = np.maximum.reduceat(found, starts)
         np.maximum.at(nulls[name].by_concept[shift], concept, found)
 
@@ -149,7 +149,7 @@ def counted(index: FeatureIndex,        # an open index
         if progress: progress(last, shape[0])
     return both, fires, _with_f1(nulls)
 
-# %% ../../nbs/05_features/08_concepts.ipynb #7982810d
+# %% ../../nbs/05_features/08_concepts.ipynb #fe36caaf
 def _by_document(scores: "ConceptScores", latents: np.ndarray, concepts: np.ndarray) -> tuple[Any, Any]:
     "Tokens in both, and tokens where the latent fires: scipy CSR [pairs, documents]."
     columns, parts, hits = scores.concepts.columns, [], []
@@ -161,18 +161,23 @@ def _by_document(scores: "ConceptScores", latents: np.ndarray, concepts: np.ndar
         hits.append(has[slot] == tokens)
     starts = np.cumsum([0, *map(len, parts)])
     doc, hit = np.concatenate(parts), np.concatenate(hits)
-    made = [sparse.csr_array((data.astype(np.float64), doc, starts), shape=(len(parts), scores.docs))
-            for data in (hit, np.ones(len(doc)))]
-    made[0].eliminate_zeros()
-    made[0].sum_duplicates()
-    return made[0], made[1]
+    shape = (len(parts), scores.docs)
+    both, fires = (sparse.csr_array((data.astype(np.float64), doc, starts), shape=shape, copy=True)
+                   for data in (hit, np.ones(len(doc))))
+    both.eliminate_zeros()
+    both.sum_duplicates()
+    return both, fires
 
 
-def _ends(found: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "95 % percentile interval over the last axis, widened to hold the value; NaN where replicates are."
-    spoilt = ~np.isfinite(found).all(-1) | ~np.isfinite(value)
-    low, high = np.quantile(np.where(spoilt[..., None], 0.0, found), [0.025, 0.975], axis=-1)
-    return (np.where(spoilt, np.nan, np.minimum(low, value)), np.where(spoilt, np.nan, np.maximum(high, value)))
+def _ends(found: np.ndarray, value: np.ndarray, docs: Any = 2) -> tuple[np.ndarray, np.ndarray]:
+    "95 % percentile interval over replicates where it is defined, widened to hold the value; NaN below two documents."
+    found = np.where(np.isfinite(found), found, np.nan)
+    spoilt, ends = np.isnan(found).any(-1), np.full((2, *value.shape), np.nan)
+    ends[:, ~spoilt] = np.quantile(found[~spoilt], [0.025, 0.975], axis=-1)
+    some = spoilt & ~np.isnan(found).all(-1)
+    if some.any(): ends[:, some] = np.nanquantile(found[some], [0.025, 0.975], axis=-1)
+    ends[:, np.broadcast_to(np.less(docs, 2), value.shape)] = np.nan
+    return np.minimum(ends[0], value), np.maximum(ends[1], value)
 
 
 def _with_intervals(scores: "ConceptScores", latents: np.ndarray, concepts: np.ndarray) -> pd.DataFrame:
@@ -186,9 +191,9 @@ def _with_intervals(scores: "ConceptScores", latents: np.ndarray, concepts: np.n
     frame.insert(6, "docs", np.diff(both.indptr) if len(latents) else [])
     for name in SCORES:
         frame[name] = value = score(name, *counts, scores.n)
-        if len(latents): value = _ends(score(name, both @ weights, fires @ weights, sizes[concepts], n), value)
-        else: value = (value, value)
-        frame[f"{name}_low"], frame[f"{name}_high"] = value
+        ends = (value, value)
+        if len(latents): ends = _ends(score(name, both @ weights, fires @ weights, sizes[concepts], n), value, frame["docs"])
+        frame[f"{name}_low"], frame[f"{name}_high"] = ends
     return frame
 
 # %% ../../nbs/05_features/08_concepts.ipynb #b35d4db5
