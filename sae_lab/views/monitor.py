@@ -137,7 +137,7 @@ def _level(frame: Frame, name: str, value: Number, log: bool) -> str:
               f'stroke-dasharray="1 3" fill="none"/>')
     return dashed + label(right, y - 4 if y > frame.margin[0] + 14 else y + 12, name, "end")
 
-# %% ../../nbs/09_views/23_monitor.ipynb #525902ce
+# %% ../../nbs/09_views/23_monitor.ipynb #df3744f8
 def _panel(view: MonitorView, quantity: str, most: int) -> str:
     frame, log = panel_frame(view, quantity)
     curves = [each for each in view.curves.curves if each.quantity == quantity]
@@ -156,15 +156,15 @@ def _name(view: MonitorView, quantity: str) -> str:
 
 def _titled(title: str, body: str, aside: str = "") -> str:
     more = f' <span style="opacity:.75">{caption(aside)}</span>' if aside else ""
-    head = f'<div style="font-size:12px;white-space:nowrap"><b>{caption(title)}</b>{more}</div>'
-    return f"<div>{head}{body}</div>"
+    head = f'<div style="font-size:12px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis"><b>{caption(title)}</b>{more}</div>'
+    return f'<div style="min-width:0">{head}{body}</div>'
 
 def _grid(parts: Iterable[str]) -> str:
     columns = "grid-template-columns:repeat(auto-fill,minmax(228px,1fr))"
     return f'<div style="display:grid;{columns};gap:10px 14px;margin-top:10px">{"".join(parts)}</div>'
 
-# %% ../../nbs/09_views/23_monitor.ipynb #f577cf73
-WORDS = {"density": ("density of latents", "share of tokens (log)", "latents"),
+# %% ../../nbs/09_views/23_monitor.ipynb #6fa86a28
+WORDS = {"density": ("density", "share of tokens a latent fires on (log)", "latents"),
          "activation": ("activations", "activation, model units (log)", "codes")}
 
 def movement_frame(movement: Movement,                 # a histogram as it moves
