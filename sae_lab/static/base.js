@@ -2,7 +2,7 @@
 
 // Keys pressed inside a widget are its own: JupyterLab's shortcuts leave alone what says so.
 window.slKeys ??= document.addEventListener("focusin", ({ target }) => {
-  target.closest?.(".sl")?.setAttribute("data-lm-suppress-shortcuts", "true");
+  if (target.closest?.(".sl")) target.setAttribute("data-lm-suppress-shortcuts", "true");
 }, true) ?? true;
 
 /** What asks the kernel: `ask("name", {argument: value})` is a promise of what the Python function `name` gives. */
