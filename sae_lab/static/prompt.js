@@ -1,5 +1,5 @@
 // A text and the latents that fire on it. Everything but another text and further effects is answered here.
-const NS = "http://www.w3.org/2000/svg", CELL = 16, SIDE = 170, TOP = 78, MARK = { activation: "activation", quantile: "quantile", effect: "loss effect", total: "effect on all later" };
+const NS = "http://www.w3.org/2000/svg", CELL = 16, SIDE = 170, TOP = 78, MARK = { activation: "activation", quantile: "quantile", effect: "effect on next token", total: "effect on all later" };
 const ABOUT = { activation: "how strongly it fires, model units", quantile: "share of its own activations in the index that are weaker or equal",
   effect: "change of the next token's loss without it, nats; positive: it helps", total: "change of the summed loss of all later tokens without it, nats" };
 
@@ -69,7 +69,7 @@ function render({ model, el }) {
     columns = facts.tokens.map((_, i) => i).filter((i) => get("begin") || !facts.special[i]);
     rows = peaks(order, get("lines"), chosen());
     title.textContent = facts.title;
-    about.textContent = `${facts.note}. Colour: ${ABOUT[metric]}; the deepest shade is ${short(full)}.`;
+    about.textContent = `${facts.note}. Colour: ${ABOUT[metric]}; the deepest shade is ${short(full)}${metric === "effect" || metric === "total" ? "; a dot: it fires, its effect was not computed" : ""}.`;
     for (const input of radios) input.checked = input.value === metric;
     slider.value = Math.log10(get("most"));
     sliderSays.textContent = get("most") >= 1 ? "any" : short(get("most"), 2);
@@ -133,6 +133,11 @@ function render({ model, el }) {
       paths.set(key, `${paths.get(key) ?? ""}M${x.get(e.at)} ${y.get(e.which)}h15v15h-15z`);
     }
     for (const [key, d] of paths) { const [hue, step] = key.split(" "); picture.append(svg("path", { d, class: `sl-p-${hue}`, "fill-opacity": 0.1 + 0.085 * step })); }
+    const minus = order.filter((e) => value(e) < 0 && y.has(e.which) && x.has(e.at)).map((e) => `M${x.get(e.at) + 4} ${y.get(e.which) + 7}h7v1.4h-7z`).join("");
+    if (minus) picture.append(svg("path", { d: minus, class: "sl-p-minus" }));
+    let open = "";  // fires there, but by this measure nothing is known
+    for (const e of data.entries) if (y.has(e.which) && x.has(e.at) && Number.isNaN(value(e))) open += `M${x.get(e.at) + 6} ${y.get(e.which) + 6}h3v3h-3z`;
+    if (open) picture.append(svg("path", { d: open, class: "sl-p-silent" }));
     const cursor = svg("rect", { width: CELL - 1, height: CELL - 1, class: "sl-p-cursor" });
     picture.append(cursor);
     const held = document.activeElement && map.contains(document.activeElement), scroll = map.scrollLeft;
@@ -205,9 +210,9 @@ function render({ model, el }) {
       button.onclick = () => wait(button, "effects", { token: at });
       head.append(button);
     }
-    const names = ["latent", "top tokens", ...(here ? [] : ["at"]), "activation", "quantile", "next", "later", "density"];
-    const notesOf = { next: ABOUT.effect, later: ABOUT.total, quantile: ABOUT.quantile, activation: ABOUT.activation };
-    const table = make("table", { role: "grid" }, make("tr", {}, ...names.map((textContent) => make("th", { textContent, title: notesOf[textContent] ?? "" }))),
+    const names = ["latent", "top tokens", ...(here ? [] : ["at"]), "activation", "quantile", "Δ next", "Δ later", "density"];
+    const notesOf = { "Δ next": ABOUT.effect, "Δ later": ABOUT.total, density: "share of the tokens of the index on which it fires", quantile: ABOUT.quantile, activation: ABOUT.activation };
+    const table = make("table", { role: "grid" }, make("tr", {}, ...names.map((textContent) => make("th", { textContent, title: notesOf[textContent] ?? "", className: ["top tokens", "at"].includes(textContent) ? "sl-p-words" : "" }))),
       ...shown.map((e, i) => line(e, i, here)));
     list.replaceChildren(head, shown.length ? make("div", { className: "sl-p-scroll" }, table) : make("p", { className: "sl-quiet", textContent: "none" }));
   }

@@ -106,7 +106,7 @@ def peaks(view: PromptView,    # what is shown
         best.setdefault(view.which[i], i)
     return sorted(best, key=lambda j: (view.at[best[j]], -abs(view.activation[best[j]])))
 
-# %% ../../nbs/09_views/25_prompt.ipynb #9022b31d
+# %% ../../nbs/09_views/25_prompt.ipynb #be222ec0
 SIDE, LEFT, TOP = 16, 150, 74  # pixels: of a cell, for the names of latents, for the tokens
 
 def heatmap(view: PromptView,            # what is shown
@@ -125,6 +125,8 @@ def heatmap(view: PromptView,            # what is shown
         key = (value[i] > 0, math.ceil(8 * abs(value[i]) / most))
         shades[key] = shades.get(key, "") + f"M{x[view.at[i]]} {y[view.which[i]]}h15v15h-15z"
     cells = "".join(f'<path d="{d}" fill="{"#e70" if up else "#17d"}" fill-opacity="{0.1 + 0.11 * k:.2f}"/>' for (up, k), d in shades.items())
+    below = "".join(f"M{x[view.at[i]] + 4} {y[view.which[i]] + 7}h7v1h-7z" for i in order if value[i] < 0 and view.which[i] in y and view.at[i] in x)
+    cells += f'<path d="{below}"/>' if below else ""
     wide, high = LEFT + SIDE * len(columns) + 40, TOP + SIDE * len(rows) + 2
     says = f"{len(rows)} latents over {len(columns)} tokens by {METRICS[metric]}; the deepest shade is {number(most)}"
     return (f'<svg viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" role="img" aria-label="{caption(says)}" fill="currentColor" '

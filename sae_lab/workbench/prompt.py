@@ -32,7 +32,7 @@ def without(latent: Int[Tensor, "n"], # latent that is silenced in each row; -1:
         return codes.with_values(codes.values * (codes.indices != off))
     return edit
 
-# %% ../../nbs/10_lab/05_prompt.ipynb #ffa38ecc
+# %% ../../nbs/10_lab/05_prompt.ipynb #610ba6d0
 @torch.no_grad()
 def ablated(subject: Subject,                # the model
             coder: AbstractCoder,            # its dictionary
@@ -44,8 +44,9 @@ def ablated(subject: Subject,                # the model
             ) -> Float[Tensor, "m n"]: # n = pos - 1: change of each loss, nats; entry u is about token u + 1; positive: it helps
     "What the model loses when a latent is silenced at a token, by full forward passes with the error kept."
     found = [torch.zeros(0, tokens.shape[1] - 1)]
-    for places, silenced in zip(at.split(batch), latent.split(batch)):
-        places, silenced = (torch.cat([each, each.new_tensor([last])]) for each, last in ((places, int(places[0])), (silenced, -1)))
+    for first in range(0, len(at), batch):
+        places, silenced = at[first:first + batch], latent[first:first + batch]
+        places, silenced = torch.cat([places, places[:1]]), torch.cat([silenced, silenced.new_tensor([-1])])
         rows = tokens.expand(len(places), -1)
         where = torch.zeros_like(rows, dtype=torch.bool).scatter(1, places[:, None], True)
         with splice(subject, coder, edit=without(silenced), hook=hook) as spliced:
