@@ -62,7 +62,7 @@ function readLadder(model) {
   const text = (id) => { const [label, tokens, state] = texts[id].split("\t"); return { label, tokens, state }; };
   return { sizes, names, edges, first, total, from, to, texts, text, levelOf, down: kin(from), up: kin(to),
     rank: new Int32Array(bytes("ranks")), density: new Float32Array(bytes("density")), attached: model.get("attached"),
-    nulls: model.get("nulls"), low: texts.map((each) => each.toLowerCase()) };
+    nulls: model.get("nulls") };
 }
 
 /** The family of a latent: rows, branches and what is left out; the same rules as `views.family.family`. */
@@ -157,7 +157,7 @@ function portsOf(data, fam, ys, tall, xs) {
 function nameOf(data, id, limit = 40) {
   const { label, tokens, state } = data.text(id), name = label || tokens;
   const cut = name.length > limit ? `${name.slice(0, Math.max(limit - 1, 1))}…` : name;
-  return [cut, ["novel", "absorbed"].includes(state) ? state : ""].filter(Boolean).join(" · ");
+  return [cut, ["novel", "absorbed", "rare"].includes(state) ? state : ""].filter(Boolean).join(" · ");
 }
 
 /** The null of a kind of evidence at a step of the ladder. */
@@ -173,7 +173,7 @@ function forest(canvas, data, pass, mains) {
     return 4 + (height - 8 - gap) * place / size + (gap && (place > tied || (place === tied && !end)) ? gap : 0);
   };
   function paintBase() {
-    const pen = base.getContext("2d");
+    const pen = base.getContext("2d", { willReadFrequently: true });
     pen.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
     pen.clearRect(0, 0, width, height);
     const band = (ctx, x0, a, b, x1, c, d) => {
@@ -187,13 +187,17 @@ function forest(canvas, data, pass, mains) {
         const e = mains[data.first[level + 1] + i];
         if (e >= 0) counts[data.rank[data.from[e]]]++;
       }
-      let at = 0, turn = 0;
+      const thin = Math.ceil(data.sizes[level + 1] / height), near = Math.ceil(data.sizes[level] / height);
+      let at = 0, turn = 0, run = null;  // neighbours thinner than a pixel are drawn as one
+      const flush = () => run && band(odd[turn++ % 2], x(level) + 5, depth(level, run.above), depth(level, run.below, true),
+        x(level + 1) - 1, depth(level + 1, run.top), depth(level + 1, run.bottom, true));
       counts.forEach((count, place) => {
         if (!count) return;
-        band(odd[turn++ % 2], x(level) + 5, depth(level, place), depth(level, place + 1, true),
-             x(level + 1) - 1, depth(level + 1, at), depth(level + 1, at + count, true));
+        if (run && place - run.below <= near && count < thin && run.bottom - run.top < thin) Object.assign(run, { below: place + 1, bottom: at + count });
+        else { flush(); run = { above: place, below: place + 1, top: at, bottom: at + count }; }
         at += count;
       });
+      flush();
     }
     for (let e = 0; e < data.edges.n; e++) {
       if (!data.edges.shown[e] || mains[data.to[e]] === e) continue;
@@ -203,7 +207,7 @@ function forest(canvas, data, pass, mains) {
     }
     pen.fillStyle = "rgb(136 136 136 / .42)"; pen.fill(odd[0]);
     pen.fillStyle = "rgb(136 136 136 / .26)"; pen.fill(odd[1]);
-    pen.strokeStyle = "rgb(136 136 136 / .10)"; pen.lineWidth = .5; pen.stroke(cross);
+    pen.strokeStyle = "rgb(136 136 136 / .06)"; pen.lineWidth = .5; pen.stroke(cross);
     data.sizes.forEach((size, level) => {
       for (const [from, to, ink] of level ? [[0, data.attached[level], ".95"], [data.attached[level], size, ".4"]] : [[0, size, ".95"]]) {
         pen.fillStyle = `rgb(136 136 136 / ${ink})`;
@@ -220,7 +224,7 @@ function forest(canvas, data, pass, mains) {
   }
   function paint(fam, lit = null) {
     if (!width || !height) return;
-    const pen = canvas.getContext("2d");
+    const pen = canvas.getContext("2d", { willReadFrequently: true });
     pen.setTransform(1, 0, 0, 1, 0, 0);
     pen.clearRect(0, 0, canvas.width, canvas.height);
     pen.drawImage(base, 0, 0);
@@ -386,10 +390,10 @@ function render({ model, el }) {
       const card = make("button", { className: "sl-ex-card" });
       if (each >= 0) {
         const { label, tokens, state } = data.text(each), [up, down] = kinOf(each), density = data.density[each];
-        card.append(make("span", { className: "sl-quiet", textContent: data.names[l] }), make("b", { textContent: ` ${latentOf(each)}` }),
+        card.append(make("span", { className: "sl-quiet", textContent: `${data.names[l]} · latent ` }), make("b", { textContent: latentOf(each) }),
           make("div", { className: "sl-ex-name", textContent: label || tokens || "no label" }),
           make("small", { className: "sl-quiet", textContent: [label && tokens, density >= 0 ? `density ${short(density)}` : "", l ? many(up, "parent", "parents") : "",
-            l + 1 < data.sizes.length ? many(down, "child", "children") : "", state].filter(Boolean).join(" · ") }));
+            l + 1 < data.sizes.length ? many(down, "child", "children") : "", state === "first" ? "" : state].filter(Boolean).join(" · ") }));
         card.classList.toggle("sl-ex-now", each === i);
         card.setAttribute("aria-label", `latent ${called(each)}`);
         card.title = each === fam.focus ? "The focus" : "Look at its family";
@@ -485,7 +489,7 @@ function render({ model, el }) {
     const x = at.xs[m.level], y = at.ys.get(m.id), tall = at.tall.get(m.id), focus = m.id === fam.focus, ink = hue(m.branch);
     const g = draw("g", { class: "sl-ex-node", role: "treeitem", tabindex: -1 }), tree = model.get("mode") === "tree";
     const more = m.hidden ? ` +${m.hidden.toLocaleString("en")} more` : "", name = nameOf(data, m.id, fits(m, at)) + more;
-    const lift = m.kids.length && !focus && tall < 26 && !tree ? -8 : 0, digits = 7 * String(latentOf(m.id)).length + 5;
+    const lift = m.kids.length && !focus && tree ? -8 : 0, digits = 7 * String(latentOf(m.id)).length + 5;
     g.append(draw("rect", { x: x - 3, y: y - Math.max(tall / 2, 9), width: 18 + digits + 6 * name.length, height: Math.max(tall, 18), class: "sl-ex-hit" }),
       tree ? draw("circle", { cx: x + 3.5, cy: y, r: focus ? 6 : 4.5, fill: ink, stroke: ink, "fill-opacity": focus || !m.kids.length ? 1 : .25 })
         : draw("rect", { x, y: y - tall / 2, width: 7, height: tall, fill: ink, "fill-opacity": focus ? 1 : .25, stroke: ink }),
@@ -499,7 +503,7 @@ function render({ model, el }) {
     const at = lay(), held = stage.contains(document.activeElement);
     const svg = draw("svg", { width: at.room, height: at.height, viewBox: `0 0 ${at.room} ${at.height}`, role: "tree", class: "sl-ex-flow" });
     svg.setAttribute("aria-label", `family of ${called(fam.focus)}; arrows walk, Enter looks at a latent's own family`);
-    data.names.forEach((name, l) => svg.append(text(at.xs[l], 14, name.length * 7 > at.step ? `${name.slice(0, Math.floor(at.step / 7) - 1)}…` : name, {})));
+    data.names.forEach((name, l) => svg.append(text(at.xs[l], 14, name.length * 7 > at.step ? `${name.slice(0, Math.floor(at.step / 7) - 1)}…` : name, { class: "sl-ex-bold" })));
     fields(svg, at);
     const ends = portsOf({ ...data }, fam, at.ys, at.tall, at.xs), ribbons = new Map(), nodes = new Map(), tree = model.get("mode") === "tree";
     for (const e of fam.edges) {
@@ -597,6 +601,7 @@ function render({ model, el }) {
   let found = [], chosen = 0;
   function seek() {
     const query = search.value.trim(), word = query.toLowerCase(), cut = query.lastIndexOf(":"), name = query.slice(0, Math.max(cut, 0)).trim(), number = query.slice(cut + 1).trim();
+    data.low ??= data.texts.map((each) => each.toLowerCase());
     const all = new Set();
     if (/^\d+$/.test(number)) data.sizes.forEach((size, l) => { if (Number(number) < size && (!name || name === data.names[l] || name === String(size))) all.add(id(l, Number(number))); });
     if (word) for (let i = 0; i < data.total && all.size < 12; i++) {

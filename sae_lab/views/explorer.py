@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SENT', 'packed', 'ExplorerWidget', 'path_of', 'follow_path', 'explorer_example']
 
-# %% ../../nbs/09_views/246_explorer.ipynb #7a022cb8
+# %% ../../nbs/09_views/246_explorer.ipynb #9141d360
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +15,7 @@ import traitlets
 from ..ground.errors import InputError
 from ..ground.html import visible
 from .family import COLUMNS, Ladder, example_splitting, ladder, main_parents, ranks
-from .payload import plain
+from .payload import Number, plain
 from .splitting import HOW, SplittingView, growth, splitting_view, summary
 from .widget import AbstractWidget, static, widgets
 
@@ -104,8 +104,9 @@ def follow_path(explorer: ExplorerWidget,  # alive
     explorer.observe(turn, "path")
     turn()
 
-# %% ../../nbs/09_views/246_explorer.ipynb #f57d5b32
+# %% ../../nbs/09_views/246_explorer.ipynb #dfa1668d
 def explorer_example(sizes: tuple = (16, 64, 160),  # latents of each dictionary
+                     mean: Number = 2.4,            # children per parent that has any
                      seed: int = 0,                 # of the made-up numbers
                      **traits: Any,                 # of the widget
                      ) -> ExplorerWidget:           # without a model
@@ -113,5 +114,5 @@ def explorer_example(sizes: tuple = (16, 64, 160),  # latents of each dictionary
     words, draw = "fox crow river the bread said night wolf barn mill stone honey".split(), np.random.default_rng(seed)
     tokens = [[" ".join(draw.choice(words, 2)) for _ in range(size)] for size in sizes]
     density = [10 ** draw.uniform(-4, -1, size) for size in sizes]
-    made = ladder(example_splitting(sizes, seed=seed), tokens=tokens, density=density)
+    made = ladder(example_splitting(sizes, mean, seed), tokens=tokens, density=density)
     return ExplorerWidget(made, title="made-up splitting", **traits)

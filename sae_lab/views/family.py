@@ -151,9 +151,9 @@ def _means(splitting: Any) -> tuple[Mean, ...]:
     return tuple(Mean(int(row["level"]), float(row["size"]), float(row["mean"]), float(row["low"]),
                       float(row["high"]), int(row["n"])) for row in rows)
 
-# %% ../../nbs/09_views/24_family.ipynb #5b74ef30
+# %% ../../nbs/09_views/24_family.ipynb #20dc2ad4
 def example_splitting(sizes: Sequence[int] = (16, 64, 160),  # latents of each dictionary
-                      mean: float = 2.4,                     # children per parent that has any
+                      mean: Number = 2.4,                    # children per parent that has any
                       seed: int = 0,                         # of the made-up numbers
                       ) -> SimpleNamespace:                  # what `ladder` reads
     "A made-up splitting result: children spread over parents, some with two, some with none."

@@ -205,7 +205,7 @@ def ports(edges: Sequence[Edge],  # of one family
                 top += scale * part
     return {edge: tuple(both) for edge, both in ends.items()}
 
-# %% ../../nbs/09_views/245_splitting.ipynb #a4c02690
+# %% ../../nbs/09_views/245_splitting.ipynb #d857a2ea
 TITLES = {"cosine": "cosine", "correlation": "correlation", "given": "P(parent|child)"}
 
 def outer(view: SplittingView, # what is shown
@@ -229,7 +229,7 @@ def name_of(member: Member,     # a latent
             ) -> str:           # not yet escaped
     "What a latent is called beside its number: its label, else its top tokens, and what is odd about it."
     text = short(member.label or member.tokens, limit)
-    odd = member.state if member.state in ("novel", "absorbed") else ""
+    odd = member.state if member.state in ("novel", "absorbed", "rare") else ""
     return " · ".join(each for each in (text, odd) if each)
 
 def _name(member: Member, place: Stage) -> str:
@@ -282,7 +282,7 @@ def _mark(edge: Edge, kind: str, at, y: Number, ink: str) -> str:
         reach = f'<path d="M{at(float(low)):g} {y:.4g}H{at(float(high)):g}" stroke="{ink}" stroke-width="1.5"/>'
     return reach + f'<circle cx="{at(value):g}" cy="{y:.4g}" r="3.3" fill="{ink}"/>'
 
-# %% ../../nbs/09_views/245_splitting.ipynb #2cbbcbd0
+# %% ../../nbs/09_views/245_splitting.ipynb #f7447d4e
 def flow(view: SplittingView,  # what is shown
          width: int = 740,     # at least, pixels
          ) -> str:             # HTML
@@ -308,7 +308,7 @@ def _bar(view: SplittingView, member: Member, place: Stage) -> str:
     name, digits = _name(member, place), 7 * len(str(member.latent)) + 5
     inner = any(edge.main and at == ((edge.level, edge.parent) if edge.level >= view.focus.level else (edge.level + 1, edge.child))
                 for edge in view.edges)
-    rise = -8 if inner and not focus and tall < 26 else 0  # above a thin ribbon, not across it
+    rise = -6 if inner and not focus and tall < 26 else 0  # above a thin ribbon, not across it
     bold = ' style="font-weight:700"' if focus else ""
     parts.append(f'<text x="{x + 12:.4g}" y="{y + 4 + rise:.4g}" fill="currentColor"{bold}>{member.latent}</text>')
     if name: parts.append(label(x + 12 + digits, round(y + 4 + rise, 1), name, "start"))
