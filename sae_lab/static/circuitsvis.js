@@ -24,8 +24,9 @@ function nested(view, shape) {
 export default {
   render({ model, el }) {
     el.classList.add("sl", "sl-cv");
-    const ask = asker(model), body = make("div"), bar = make("div", { className: "sl-cv-bar" }), said = make("div", { className: "sl-quiet", role: "status" });
+    const ask = asker(model), body = make("div"), bar = make("div", { className: "sl-cv-bar" }), title = make("b"), legend = make("span", { className: "sl-quiet" }), said = make("div", { className: "sl-quiet", role: "status" });
     el.append(bar, said, body);
+    bar.append(title, legend);
     const names = model.get("layers");
     if (names.length > 1) {
       const pick = make("select", { onchange: () => { pick.disabled = true; set(model, "layer", pick.selectedIndex); } });
@@ -33,7 +34,7 @@ export default {
       pick.selectedIndex = model.get("layer");
       model.on("change:layer", () => { pick.selectedIndex = model.get("layer"); });
       model.on("change:html", () => { pick.disabled = false; });
-      bar.append(make("label", {}, "layer ", pick));
+      bar.prepend(make("label", {}, "layer ", pick));
     }
     let place;
     const draw = async () => {
@@ -45,10 +46,12 @@ export default {
         if (mine !== place) return;
         const key = model.get("element") === "AttentionHeads" ? "attention" : "activations";
         body.replaceChildren(mine);
+        title.textContent = model.get("title"); legend.textContent = model.get("legend");
         lib.render(mine.id, lib[model.get("element")], { ...model.get("props"), [key]: nested(model.get("data"), model.get("shape")) });
         said.textContent = "";
       } catch (error) {
         said.textContent = `Drawn without CircuitsVis. ${error.message}`;
+        title.textContent = legend.textContent = "";
         body.innerHTML = model.get("html");
       }
     };
