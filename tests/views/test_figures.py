@@ -2,16 +2,21 @@
 import csv
 import json
 import re
+import subprocess
 
 import pytest
 
-from sae_lab.ground.errors import InputError
-from sae_lab.views.figures import WIDTHS, drawn, figure, missing_browser, paper, save_figures, to_csv
+from sae_lab.ground.errors import InputError, UnknownName
+from sae_lab.views.figures import (WIDTHS, drawn, figure, load_figure, missing_browser, missing_converter, paper,
+                                   save_figures, to_csv)
 from sae_lab.views.payload import views
+from sae_lab.views.tokens import TokenStrip
+from sae_lab.views.widget import AbstractWidget, Board, widgets
 
 go = pytest.importorskip("plotly.graph_objects")
 HISTOGRAM, CURVES, CARD = (views[name].meta["example"]() for name in ("histogram", "curves", "card"))
-browser = pytest.mark.skipif(bool(missing_browser()), reason=f"images need a browser: {missing_browser()}")
+MISSING = missing_browser() or missing_converter()
+browser = pytest.mark.skipif(bool(MISSING), reason=f"images cannot be drawn: {MISSING}")
 
 
 @pytest.fixture
@@ -59,24 +64,69 @@ def test_a_browser_that_fails_is_reported(tmp_path, monkeypatch, body):
     assert len(saved["h"]) == 3 and "browser" in saved.left_out["pdf/svg/png"]
 
 
+def facts_of(pdf):
+    "Pages, width in inches, and the fonts of a PDF as (name, whether it is embedded)."
+    told = subprocess.run(["pdfinfo", pdf], capture_output=True, text=True, check=True).stdout
+    fonts = subprocess.run(["pdffonts", pdf], capture_output=True, text=True, check=True).stdout.splitlines()[2:]
+    width = float(re.search(r"Page size: +([\d.]+)", told)[1]) / 72
+    return int(re.search(r"Pages: +(\d+)", told)[1]), width, [(line.split()[0], line.split()[-5]) for line in fonts]
+
+
 @browser
-def test_images_are_what_they_should_be(tmp_path):
-    saved = save_figures({"hist": HISTOGRAM, "run": CURVES}, tmp_path / "f", {"seed": 1})
+@pytest.mark.parametrize("width", ["column", "page"])
+def test_images_are_what_they_should_be(tmp_path, width):
+    plot = go.Figure(go.Scatter(x=[1, 2], y=[3, 1], name="a"))
+    items = {"card": CARD, "run": CURVES} if width == "column" else {"hist": HISTOGRAM, "plot": plot}
+    saved = save_figures(items, tmp_path / "f", {"seed": 1}, width=width)
     assert not saved.left_out
-    for name in ("hist", "run"):
-        files = {path.suffix: path.read_bytes() for path in saved[name]}
-        assert files[".pdf"].startswith(b"%PDF") and b"FontFile" in files[".pdf"]  # fonts are embedded
-        assert b"/Subtype /Image" not in files[".pdf"]                             # and all is vectors
-        assert b"<svg" in files[".svg"] and files[".png"].startswith(b"\x89PNG")
-    width = int.from_bytes(saved["hist"][5].read_bytes()[16:20], "big")
-    assert width == 3 * round(96 * WIDTHS["column"])
+    for name in items:
+        files = {path.suffix: path for path in saved[name]}
+        pages, inches, fonts = facts_of(files[".pdf"])
+        assert pages == 1 and abs(inches - WIDTHS[width]) < 0.02
+        assert fonts and all(embedded == "yes" for _, embedded in fonts), fonts
+        assert b"/Subtype /Image" not in files[".pdf"].read_bytes()  # all is vectors
+        svg = files[".svg"].read_text()
+        assert "<svg" in svg and "<text" not in svg and "font-family" not in svg  # letters are paths
+        head = files[".png"].read_bytes()[:24]
+        assert head.startswith(b"\x89PNG") and int.from_bytes(head[16:20], "big") == round(3 * 96 * WIDTHS[width])
+        assert load_figure(files[".json"]) == items[name]
 
 
-@browser
-def test_what_is_no_chart_is_reported(tmp_path):
-    saved = save_figures({"card": CARD}, tmp_path / "f")
-    assert saved.left_out == {"svg of card": "not a chart", "png of card": "not a chart"}
-    assert saved["card"][3].read_bytes().startswith(b"%PDF") and b"FontFile" in saved["card"][3].read_bytes()
+def test_without_a_converter_the_pdf_is_there(tmp_path, monkeypatch):
+    from sae_lab.views import figures
+    monkeypatch.setattr(figures, "missing_converter", lambda: "pdftocairo was not found")
+    monkeypatch.setattr(figures, "missing_browser", lambda: "")
+    monkeypatch.setattr(figures, "print_pdf", lambda html, path: path.write_bytes(b"%PDF"))
+    saved = save_figures(CARD, tmp_path / "f")
+    assert saved.left_out == {"svg/png": "pdftocairo was not found"} and saved["f"][3].read_bytes() == b"%PDF"
+
+
+@pytest.mark.parametrize("name", widgets.names())
+def test_widgets_are_saved_and_drawn_again(tmp_path, name):
+    widget = widgets[name].meta["example"]()
+    if not hasattr(widget, "view"): return
+    saved = widget.save_figures(tmp_path / name, images=())
+    again = load_figure(tmp_path / f"{name}.json")
+    assert again.to_html() == widget.view.to_html() and len(saved[name]) == 3
+
+
+def test_a_board_is_saved_whole(tmp_path):
+    board = Board([AbstractWidget(CARD), AbstractWidget(HISTOGRAM)])
+    assert sorted(save_figures({"both": board}, tmp_path / "b", images=()).paths) == ["both-1", "both-2"]
+
+
+def test_files_that_hold_no_figure_are_refused(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "b.json").write_text('{"kind": "Nothing", "payload": {}}')
+    with pytest.raises(InputError, match="no figure"): load_figure(tmp_path / "a.json")
+    with pytest.raises(UnknownName, match="Nothing"): load_figure(tmp_path / "b.json")
+
+
+def test_numbers_that_are_not_finite_come_back(tmp_path):
+    strip = TokenStrip(("NaN", "\ud83d", "</script>"), (float("inf"), float("nan"), -1.0))
+    save_figures(strip, tmp_path / "s", images=())
+    again = load_figure(tmp_path / "s.json")
+    assert again.tokens == strip.tokens and again.values[0] == float("inf") and again.values[1] != again.values[1]
 
 
 def test_figures_show_the_numbers_of_their_payload():
