@@ -168,7 +168,7 @@ def missing_converter() -> str: # why a PDF cannot become SVG and PNG; "" when i
     "Say what is missing to convert a PDF."
     return "" if shutil.which("pdftocairo") else "pdftocairo was not found (Debian has it in poppler-utils)"
 
-# %% ../../nbs/09_views/07_figures.ipynb #e30470a1
+# %% ../../nbs/09_views/07_figures.ipynb #08dd3443
 ZOOM = 0.65  # size in print for a size on the screen
 SHEET = """<!DOCTYPE html>
 <html lang="en" style="color-scheme:light"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -189,7 +189,8 @@ def sheet(item: Any,           # a payload or a plotly figure in the look of a p
           ) -> str:            # a whole HTML document
     "A page that prints as one page of exactly the size of what is on it."
     view = isinstance(item, AbstractPayload)
-    inner = item.to_html() if view else item.to_html(include_plotlyjs=True, full_html=False, config={"staticPlot": True})
+    plotted = dict(include_plotlyjs=True, full_html=False, config={"staticPlot": True})
+    inner = item.to_html() if view else item.to_html(**plotted)
     zoom, page_width = ZOOM if view else 1, round(96 * inches, 1)
     return SHEET.format(title=caption(title), zoom=zoom, wide=round(page_width / zoom, 1), page=page_width, inner=inner)
 
@@ -200,7 +201,8 @@ def print_pdf(html: str,   # a whole document
     with tempfile.TemporaryDirectory() as folder, atomic(path) as part:
         file = Path(folder) / "sheet.html"
         file.write_text(html, encoding="utf-8")
-        why = _run_browser("--no-pdf-header-footer", "--virtual-time-budget=4000", f"--print-to-pdf={part}", file.as_uri())
+        why = _run_browser("--no-pdf-header-footer", "--virtual-time-budget=4000", f"--print-to-pdf={part}",
+                           file.as_uri())
         if why or not part.exists() or not part.stat().st_size:
             raise Unavailable(why or "the browser wrote no PDF", "a PDF", "look at BROWSER_PATH")
 
@@ -209,7 +211,8 @@ def convert(pdf: Path,        # of one page
             pixels: int,      # width of a PNG
             ) -> None:        # nothing
     "Draw a PDF as SVG, letters as paths, or as PNG; raises Unavailable when that fails."
-    kind = ["-svg"] if path.suffix == ".svg" else ["-png", "-singlefile", "-scale-to-x", str(pixels), "-scale-to-y", "-1"]
+    sized = ["-png", "-singlefile", "-scale-to-x", str(pixels), "-scale-to-y", "-1"]
+    kind = ["-svg"] if path.suffix == ".svg" else sized
     with tempfile.TemporaryDirectory() as folder, atomic(path) as part:
         out = Path(folder) / "page"
         try: subprocess.run(["pdftocairo", *kind, str(pdf), str(out)], capture_output=True, timeout=60, check=True)
@@ -245,12 +248,12 @@ def _write_text(path: Path, text: str) -> Path:
     with atomic(path) as part: part.write_text(text, encoding="utf-8")
     return path
 
-# %% ../../nbs/09_views/07_figures.ipynb #7eb3d094
+# %% ../../nbs/09_views/07_figures.ipynb #041f1061
 IMAGES = ("pdf", "svg", "png")
 
 def save_figures(figures: Any,                     # a payload, a widget, a plotly figure, or a dict of them by name
                  stem: str | Path,                 # folder/name; a dict's names are joined on with "-"
-                 provenance: dict | None = None,   # where the numbers are from: coder, subject, corpus, seed, ...; JSON-able
+                 provenance: dict | None = None,   # where the numbers are from: coder, subject, corpus, seed; JSON-able
                  width: str | float = "column",    # "column", "text", "page", or inches
                  images: tuple[str, ...] = IMAGES, # image formats wanted
                  scale: float = 3.0,               # pixels of a PNG for each pixel at 96 a inch
@@ -289,11 +292,13 @@ def _drawable(item: Any, inches: float) -> Any:
     if not isinstance(item, AbstractPayload): return paper(item, inches)
     return figure(item, inches) if isinstance(item, HistogramChart | TrainingCurves) else item
 
-# %% ../../nbs/09_views/07_figures.ipynb #5eeabd3d
+# %% ../../nbs/09_views/07_figures.ipynb #b4edd262
 def _write_data(item: Any, stem: Path, provenance: dict | None) -> tuple[Path, ...]:
     "The files that need no browser: HTML, CSV, JSON."
-    whole = {"payload": item.to_exact()} if isinstance(item, AbstractPayload) else {"plotly": json.loads(item.to_json())}
-    facts = {"provenance": plain(provenance or {}), "kind": type(item).__name__, "version": __version__, "files": stem.name}
+    view = isinstance(item, AbstractPayload)
+    whole = {"payload": item.to_exact()} if view else {"plotly": json.loads(item.to_json())}
+    facts = {"provenance": plain(provenance or {}), "kind": type(item).__name__, "version": __version__,
+             "files": stem.name}
     return (_write_text(stem.with_name(stem.name + ".html"), _as_html(item, stem.name)),
             _write_text(stem.with_name(stem.name + ".csv"), to_csv(drawn(item))),
             write_json(stem.with_name(stem.name + ".json"), facts | whole))

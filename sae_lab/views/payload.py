@@ -41,7 +41,7 @@ def exact(value: object, # dicts, sequences, numbers, strings, None
     if isinstance(value, float) and not math.isfinite(value): return {"$number": repr(float(value))}
     return value
 
-# %% ../../nbs/09_views/00_payload.ipynb #a702f6a6
+# %% ../../nbs/09_views/00_payload.ipynb #f0837bf7
 def rebuilt(kind: Any,     # annotation: a class, `tuple[float, ...]`, `dict[str, X]`, `X | None`
             value: Any,    # what JSON gave
             ) -> Any:      # of that kind
@@ -69,7 +69,8 @@ def _first(kinds: tuple, wanted: type) -> Any:
     return next((kind for kind in kinds if (get_origin(kind) or kind) is wanted), Any)
 
 def _mapping(kind: Any, inner: tuple, value: dict) -> Any:
-    if isinstance(kind, type) and issubclass(kind, AbstractPayload) and not is_dataclass(kind): kind = _payload_of(value)
+    abstract = isinstance(kind, type) and issubclass(kind, AbstractPayload) and not is_dataclass(kind)
+    if abstract: kind = _payload_of(value)
     if is_dataclass(kind): return _instance(kind, value)
     key, each = inner if len(inner) == 2 else (str, Any)
     return {(key(name) if key in (int, float) else name): rebuilt(each, one) for name, one in value.items()}
@@ -80,7 +81,7 @@ def _instance(kind: Any, facts: Mapping[str, Any]) -> Any:
     if strange: raise unknown(f"field of {kind.__name__}", strange[0], names)
     return kind(**{name: rebuilt(hints[name], facts[name]) for name in names if name in facts})
 
-# %% ../../nbs/09_views/00_payload.ipynb #c9b813bf
+# %% ../../nbs/09_views/00_payload.ipynb #4b134dda
 class AbstractPayload(ABC):
     "Frozen plain data that can be shown."
 
@@ -109,7 +110,7 @@ class AbstractPayload(ABC):
         return {name: exact(value) for name, value in asdict(cast(Any, self)).items()}
 
     @classmethod
-    def from_dict(cls, facts: Mapping[str, Any], # from `to_exact` or `to_dict`; fields that are missing take their default
+    def from_dict(cls, facts: Mapping[str, Any], # from `to_exact` or `to_dict`; what is missing takes its default
                   ) -> "AbstractPayload":        # of this class
         "Make a view from its fields; raises UnknownName for a field that it does not have."
         return _instance(cls, facts)
