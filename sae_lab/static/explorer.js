@@ -489,11 +489,12 @@ function render({ model, el }) {
     const x = at.xs[m.level], y = at.ys.get(m.id), tall = at.tall.get(m.id), focus = m.id === fam.focus, ink = hue(m.branch);
     const g = draw("g", { class: "sl-ex-node", role: "treeitem", tabindex: -1 }), tree = model.get("mode") === "tree";
     const more = m.hidden ? ` +${m.hidden.toLocaleString("en")} more` : "", name = nameOf(data, m.id, fits(m, at)) + more;
-    const lift = m.kids.length && !focus && tree ? -8 : 0, digits = 7 * String(latentOf(m.id)).length + 5;
+    const digits = 7 * String(latentOf(m.id)).length + 5;
     g.append(draw("rect", { x: x - 3, y: y - Math.max(tall / 2, 9), width: 18 + digits + 6 * name.length, height: Math.max(tall, 18), class: "sl-ex-hit" }),
+      draw("rect", { x: x + 10, y: y - 7, width: 4 + digits + 6.1 * name.length, height: 14, rx: 3, class: "sl-ex-plate" }),
       tree ? draw("circle", { cx: x + 3.5, cy: y, r: focus ? 6 : 4.5, fill: ink, stroke: ink, "fill-opacity": focus || !m.kids.length ? 1 : .25 })
         : draw("rect", { x, y: y - tall / 2, width: 7, height: tall, fill: ink, "fill-opacity": focus ? 1 : .25, stroke: ink }),
-      text(x + 12, y + 4 + lift, String(latentOf(m.id)), { class: focus ? "sl-ex-bold" : "" }), text(x + 12 + digits, y + 4 + lift, name, { class: "sl-ex-faint" }));
+      text(x + 12, y + 4, String(latentOf(m.id)), { class: focus ? "sl-ex-bold" : "" }), text(x + 12 + digits, y + 4, name, { class: "sl-ex-faint" }));
     const [up, down] = kinOf(m.id);
     g.setAttribute("aria-label", `${called(m.id)} ${nameOf(data, m.id)}, ${many(up, "parent", "parents")}, ${many(down, "child", "children")}`);
     g.dataset.id = m.id;
@@ -516,7 +517,7 @@ function render({ model, el }) {
       ribbons.set(e, path);
       svg.append(path);
     }
-    for (const m of fam.members.values()) {
+    for (const m of [...fam.members.values()].sort((a, b) => a.level - b.level || a.row - b.row)) {
       const g = node(m, at);
       nodes.set(m.id, g);
       svg.append(g);
