@@ -181,7 +181,7 @@ export default {
       leave();
       redraw = [bands(model, body), scales(model, body)];
       const first = body.querySelector(".sl-w u .sl-t, .sl-w .sl-t");
-      body.querySelectorAll(".sl-t").forEach((token) => { token.tabIndex = token === first ? 0 : -1; });
+      if (first) first.tabIndex = 0;
       body.classList.remove("sl-wait");
       draw();
     });
