@@ -37,7 +37,8 @@ def answers(url, seconds=60):
 def write_book(path, cells):
     "Write code cells as a notebook."
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": kernel})
+    cells = [nbformat.v4.new_code_cell(each) for each in cells]
+    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
     nbformat.write(book, path)
 
 
@@ -47,7 +48,13 @@ def watch(page, *inside):
     inside = ("data:", "blob:", "file:", "about:", "chrome:", *inside)
     page.on("request", lambda r: None if r.url.startswith(inside) else page.outside.append(r.url))
     page.on("websocket", lambda s: None if s.url.startswith(inside) else page.outside.append(s.url))
-    page.on("pageerror", lambda e: page.errors.append(str(e)))
+
+    def failed(error):
+        stack = error.stack or str(error)
+        if "/static/" not in stack or any(each in stack for each in OURS):
+            page.errors.append(stack)
+
+    page.on("pageerror", failed)
 
     def heard(message):
         if message.type == "error" and (message.location.get("url") or "").startswith(OURS):
@@ -129,6 +136,9 @@ def jupyter(tmp_path_factory):
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR",
              "JUPYTERLAB_WORKSPACES_DIR", "SAE_LAB_HOME")
     folders = {name: str(home / name) for name in names}
+    settings = home / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)  # every cell is laid out, in sight or not
+    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
                "--IdentityProvider.token=", "--LabApp.news_url=None", "--expose-app-in-browser",
                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]

@@ -21,7 +21,7 @@
   const walk = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   for (let node = walk.nextNode(); node; node = walk.nextNode()) {
     const el = node.parentElement;
-    if (!node.data.trim() || !el.checkVisibility({ visibilityProperty: true }) || el.closest("option, :disabled, [aria-hidden=true]")) continue;
+    if (!/[\p{L}\p{N}]/u.test(node.data) || !el.checkVisibility({ visibilityProperty: true }) || el.closest("option, :disabled, [aria-hidden=true]")) continue;
     const style = getComputedStyle(el), under = ground(el), ink = rgba(el instanceof SVGElement ? style.fill : style.color);
     const seen = over([ink[0], ink[1], ink[2], ink[3] * shown(el)], under);
     const [high, low] = [light(seen), light(under)].sort((a, b) => b - a), ratio = (high + 0.05) / (low + 0.05);

