@@ -20,7 +20,7 @@ from .pages import Text
 from ..ground.errors import InputError, unknown
 from ..ground.html import table
 
-# %% ../../nbs/05_features/075_masks.ipynb #d29aa3e1
+# %% ../../nbs/05_features/075_masks.ipynb #d34682df
 @dataclass(frozen=True, eq=False, repr=False)
 class Concepts:
     "Sets of tokens, by name."
@@ -55,7 +55,7 @@ class Concepts:
     def __add__(self, other: "Concepts") -> "Concepts":
         if self.n != other.n or (twice := set(self.names) & set(other.names)):
             raise InputError(f"concepts on {self.n} and {other.n} tokens" if self.n != other.n else
-                             f"{len(twice)} concepts twice, such as {min(twice)!r}", "other concepts of the same tokens")
+                             f"{len(twice)} concepts twice, such as {min(twice)!r}", "others, of the same tokens")
         return Concepts(self.names + other.names, self.kinds + other.kinds,
                         sparse.hstack([self.member, other.member], format="csr"), self.skipped + other.skipped)
 
@@ -121,7 +121,7 @@ def _values(concept: Any) -> Iterator[tuple[str, np.ndarray]]:
     for value, first, last in zip(concept.values, starts, starts[1:]):
         yield f"{concept.name}: {value}", order[first:last]
 
-# %% ../../nbs/05_features/075_masks.ipynb #2cda7679
+# %% ../../nbs/05_features/075_masks.ipynb #ad36435e
 def matching(text: Text,                  # the corpus, with its vocabulary
              patterns: Mapping[str, str], # name -> regular expression
              ) -> Concepts:               # tokens that matches touch
@@ -135,13 +135,15 @@ def matching(text: Text,                  # the corpus, with its vocabulary
         for name, pattern in made.items():
             spans = [each.span() for each in pattern.finditer(string) if each.end() > each.start()]
             if spans: found[name].append(at[_touched(np.array(spans), ends)])
-    return assembled(text, ((name, np.concatenate([np.empty(0, np.int64), *at])) for name, at in found.items()), "regex")
+    joined = ((name, np.concatenate([np.empty(0, np.int64), *at])) for name, at in found.items())
+    return assembled(text, joined, "regex")
 
 
 def _compiled(name: str, pattern: str) -> re.Pattern:
     try: return re.compile(pattern)
     except re.error as error:
-        raise InputError(f"expression {name!r}: {pattern!r} ({error})", "a regular expression of Python", "mend it") from error
+        raise InputError(f"expression {name!r}: {pattern!r} ({error})", "a regular expression of Python",
+                         "mend it") from error
 
 
 def _documents(text: Text) -> Iterator[tuple[np.ndarray, str, np.ndarray]]:
