@@ -116,7 +116,7 @@ function path(cell, width = 68, height = 16) {
     .filter(([, tall]) => tall).map(([x, tall]) => `M${x.toFixed(1)} ${height}v${-tall}h${(step - 1).toFixed(1)}v${tall}z`).join("");
 }
 
-/** A cell that can be filled again and again: [element, fill(row)]. */
+/** A cell that can be filled again and again: [element, fill(row)]. Nothing is made anew while rows go by. */
 function cellOf(column) {
   const el = make("div", { className: `sl-b-${column.kind}`, role: "gridcell" });
   if (column.kind === "shape") {
@@ -126,14 +126,36 @@ function cellOf(column) {
     el.append(svg);
     return [el, (i) => line.setAttribute("d", path(column.value(i) ?? ""))];
   }
-  if (column.kind === "tokens") return [el, (i) => el.replaceChildren(...chips(column.value(i)))];
-  if (column.kind === "text") return [el, (i) => { el.textContent = el.title = column.value(i) ?? ""; }];
-  if (column.name === "latent") return [el, (i) => { el.textContent = column.value(i); }];
+  if (column.kind === "tokens") return [el, framesIn(el, column)];
+  const text = document.createTextNode("");
+  el.append(text);
+  if (!column.numeric || column.name === "latent") return [el, (i) => { text.data = column.value(i) ?? ""; }];
+  if (!column.bar) return [el, (i) => { text.data = short(column.value(i)); }];
   return [el, (i) => {
-    const x = column.value(i), part = length(column, x);
-    el.textContent = short(x);
-    el.style.setProperty("--share", `${(100 * part).toFixed(1)}%`);
+    const x = column.value(i);
+    text.data = short(x);
+    el.style.backgroundSize = `${(100 * length(column, x)).toFixed(0)}% 18px`;
   }];
+}
+
+/** Tokens in frames that are kept and filled. */
+function framesIn(el, column) {
+  const spans = [];
+  return (i) => {
+    const cell = column.value(i), parts = cell ? cell.split("\u241f") : [];
+    while (spans.length < parts.length) { spans.push(make("span", { className: "sl-chip" }, "")); el.append(spans.at(-1)); }
+    spans.forEach((span, k) => {
+      if (span.hidden !== k >= parts.length) span.hidden = k >= parts.length;
+      if (k < parts.length) span.firstChild.data = parts[k];
+    });
+  };
+}
+
+/** Widths of the columns in pixels: the least of each, and a share of what is left. */
+function widths(columns, room) {
+  const wide = columns.slice(1).map((c) => WIDE[c.kind]), least = 94 + wide.reduce((sum, [px]) => sum + px, 0);
+  const parts = wide.reduce((sum, [, part]) => sum + part, 0), left = Math.max(0, room - least);
+  return [30, 64, ...wide.map(([px, part]) => Math.floor(px + (parts ? (left * part) / parts : 0)))];
 }
 
 function render({ model, el }) {
@@ -164,9 +186,6 @@ function render({ model, el }) {
     grid.style.height = `${model.get("height")}px`;
     grid.setAttribute("aria-label", `latents of ${model.get("title") || "a dictionary"}`);
     grid.setAttribute("aria-colcount", table.columns.length + 1);
-    const wide = table.columns.slice(1).map((c) => WIDE[c.kind]), least = 94 + wide.reduce((sum, [pixels]) => sum + pixels, 0);
-    el.style.setProperty("--sl-b-columns", ["30px", "64px", ...wide.map(([px, part]) => (part ? `minmax(${px}px, ${part}fr)` : `${px}px`))].join(" "));
-    el.style.setProperty("--sl-b-least", `${least}px`);
     heads = {}; inputs = {};
     head.replaceChildren(make("div", { className: "sl-b-pin", role: "columnheader", ariaLabel: "pinned" }), ...table.columns.map(headOf));
     sieve.replaceChildren(make("div", { className: "sl-b-pin", role: "gridcell" }), ...table.columns.map(filterOf));
@@ -207,17 +226,21 @@ function render({ model, el }) {
     set(model, "order", also ? [...was.filter(([name]) => name !== column.name), ...next] : next);
   }
 
-  function grow() {  // as many row elements as can be in sight
-    const wanted = Math.ceil(grid.clientHeight / ROW) + 6;
+  function grow() {  // as many row elements as can be in sight, and columns as wide as there is room
+    const wide = widths(table.columns, grid.clientWidth), wanted = visible() + 2;
+    el.style.setProperty("--sl-b-columns", wide.map((px) => `${px}px`).join(" "));
+    el.style.setProperty("--sl-b-least", `${wide.reduce((sum, px) => sum + px, 0)}px`);
+    if (pool.length >= wanted) return;
     while (pool.length < wanted) pool.push(rowOf(pool.length));
+    for (const each of pool) each.at = -1;
   }
 
   function rowOf(k) {
-    const star = make("button", { type: "button", className: "sl-b-star", tabIndex: -1 });
+    const star = make("button", { type: "button", className: "sl-b-star", tabIndex: -1 }, "☆");
     const pin = make("div", { className: "sl-b-pin", role: "gridcell" }, star), made = table.columns.map(cellOf);
     const row = make("div", { className: "sl-b-row", role: "row", id: `${uid}-${k}` }, pin, ...made.map(([cell]) => cell));
     made[0][0].className = "sl-b-latent";
-    const self = { row, star, fills: made.map(([, fill]) => fill), at: -1, i: -1 };
+    const self = { row, star, fills: made.map(([, fill]) => fill), at: -1, i: -1, says: "" };
     row.onclick = () => { cursor = self.at; choose(); };
     star.onclick = (event) => { event.stopPropagation(); togglePin(table.latents[self.i]); };
     stage.append(row);
@@ -260,33 +283,32 @@ function render({ model, el }) {
     telling = setTimeout(() => same() || set(model, "found", Array.from(rows, (i) => table.latents[i])), 250);
   }
 
-  function redraw(all) {
+  function redraw(all) {  // row `at` lives in pool[at % pool.length]: a small step fills only what has come into sight
     const from = Math.max(0, Math.min(Math.floor(grid.scrollTop / ratio() / ROW), rows.length - visible()));
     if (!all && from === first) return;
+    const shift = ratio() < 1 ? grid.scrollTop - from * ROW : 0, pinned = new Set(model.get("pinned")), selected = model.get("selected");
     first = from;
-    stage.style.top = `${ratio() < 1 ? grid.scrollTop : from * ROW}px`;
-    const pinned = new Set(model.get("pinned")), selected = model.get("selected");
-    pool.forEach((each, k) => fill(each, from + k, pinned, selected));
-    const active = pool[cursor - from];
-    if (active && !active.row.hidden) grid.setAttribute("aria-activedescendant", active.row.id);
-    else grid.removeAttribute("aria-activedescendant");
+    for (let at = from; at < from + pool.length; at++) fill(pool[at % pool.length], at, shift, pinned, selected);
+    const active = pool[cursor % pool.length], seen = active.at === cursor && !active.row.hidden ? active.row.id : "";
+    if (grid.getAttribute("aria-activedescendant") !== seen) grid.setAttribute("aria-activedescendant", seen);
   }
 
-  function fill(each, at, pinned, selected) {
+  function fill(each, at, shift, pinned, selected) {
     const { row, star } = each, gone = at >= rows.length;
-    row.hidden = gone;
-    if (gone) return;
-    const i = rows[at], latent = table.latents[i];
+    if (row.hidden !== gone) row.hidden = gone;
     each.at = at;
+    if (gone) return;
+    const i = rows[at], latent = table.latents[i], isPinned = pinned.has(latent);
     if (each.i !== i) { each.i = i; for (const put of each.fills) put(i); }
-    const isPinned = pinned.has(latent);
-    star.textContent = isPinned ? "★" : "☆";
-    star.setAttribute("aria-label", isPinned ? "unpin" : "pin");
-    row.classList.toggle("sl-b-pinned", isPinned);
-    row.classList.toggle("sl-b-odd", at % 2 === 1);
-    row.classList.toggle("sl-b-cursor", at === cursor);
+    const says = [at, shift, isPinned, latent === selected, at === cursor].join();
+    if (each.says === says) return;
+    each.says = says;
+    row.style.transform = `translateY(${at * ROW + shift}px)`;
+    row.className = `sl-b-row${at % 2 ? " sl-b-odd" : ""}${isPinned ? " sl-b-pinned" : ""}${at === cursor ? " sl-b-cursor" : ""}`;
     row.setAttribute("aria-selected", latent === selected);
     row.setAttribute("aria-rowindex", at + 3);
+    star.firstChild.data = isPinned ? "★" : "☆";
+    star.setAttribute("aria-label", isPinned ? "unpin" : "pin");
   }
 
   function move(to) {

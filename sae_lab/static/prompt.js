@@ -35,7 +35,7 @@ function peaks(order, n, keep) {
 function render({ model, el }) {
   el.classList.add("sl", "sl-prompt");
   const ask = asker(model), note = notes(el), get = (name) => model.get(name);
-  let data = read(model), order = [], rows = [], columns = [], full = 1, cell = [0, 0], row = 0;
+  let data = read(model), order = [], rows = [], columns = [], full = 1, cell = [0, 0], built = "", band = null;
 
   const title = make("b", { className: "sl-p-title" }), about = make("div", { className: "sl-quiet sl-p-about" });
   const measures = make("div", { className: "sl-p-measures", role: "radiogroup", ariaLabel: "measure" });
@@ -78,22 +78,35 @@ function render({ model, el }) {
     box.hidden = !get("can").includes("read");
     drawStrip();
     drawMap();
-    drawList();
+    pointed();
   }
 
   function drawStrip() {
     const mine = new Map(data.entries.filter((e) => e.which === chosen()).map((e) => [e.at, value(e)]));
-    strip.replaceChildren(...columns.map((i) => {
-      const here = i === get("token");
-      const span = make("span", { textContent: data.facts.tokens[i] || "∅", role: "option", tabIndex: here || (i === columns[0] && get("token") < 0) ? 0 : -1 });
-      span.setAttribute("aria-selected", here);
-      span.dataset.at = i;
-      span.style.background = shade(mine.get(i));
-      span.classList.toggle("sl-p-special", data.facts.special[i]);
-      const loss = data.facts.loss[i];
-      span.title = `${i}${loss === null || loss === undefined ? "" : ` · next-token loss ${short(loss)} nats`}`;
-      return span;
-    }));
+    if (built !== `${get("begin")}` || strip.childElementCount !== columns.length) {
+      built = `${get("begin")}`;
+      strip.replaceChildren(...columns.map(spanOf));
+    }
+    for (const span of strip.children) span.style.background = shade(mine.get(Number(span.dataset.at)));
+  }
+  function spanOf(i) {
+    const loss = data.facts.loss[i], span = make("span", { textContent: data.facts.tokens[i] || "∅", role: "option", tabIndex: -1 });
+    span.dataset.at = i;
+    span.classList.toggle("sl-p-special", data.facts.special[i]);
+    span.title = `${i}${loss === null || loss === undefined ? "" : ` · next-token loss ${short(loss)} nats`}`;
+    return span;
+  }
+
+  function pointed() {  // the token: its frame, its band, its latents
+    const token = get("token"), none = !columns.includes(token);
+    [...strip.children].forEach((span, i) => {
+      const here = columns[i] === token;
+      if (span.getAttribute("aria-selected") !== String(here)) span.setAttribute("aria-selected", here);
+      span.tabIndex = here || (none && i === 0) ? 0 : -1;
+    });
+    band?.setAttribute("x", SIDE + CELL * columns.indexOf(token));
+    if (band) band.style.display = none ? "none" : "";
+    drawList();
   }
   const focusToken = (i) => strip.querySelector(`[data-at="${i}"]`)?.focus({ preventScroll: true });
   function pick(i) { set(model, "token", i === get("token") ? -1 : i); focusToken(i); }
@@ -110,6 +123,7 @@ function render({ model, el }) {
   };
 
   function drawMap() {
+    band = null;
     if (!rows.length) {
       const why = get("metric") === "activation" || !data.entries.length ? "No latent fires on this text." : "Nothing is known by this measure here.";
       return map.replaceChildren(make("p", { className: "sl-quiet", textContent: get("most") < 1 && data.entries.length ? "No latent passes the density filter." : why }));
@@ -117,11 +131,12 @@ function render({ model, el }) {
     const { facts } = data, wide = CELL * columns.length, high = CELL * rows.length, x = new Map(columns.map((at, i) => [at, SIDE + CELL * i]));
     const y = new Map(rows.map((e, i) => [e.which, TOP + CELL * i])), picture = svg("svg", { width: SIDE + wide + 44, height: TOP + high + 4, role: "application",
       tabindex: 0, "aria-label": `heatmap of ${rows.length} latents over ${columns.length} tokens; arrows move, Enter selects` });
-    const token = x.get(get("token")), mine = y.get(chosen());
-    if (token !== undefined) picture.append(svg("rect", { x: token, y: TOP, width: CELL - 1, height: high, class: "sl-p-band" }));
+    const mine = y.get(chosen());
+    band = svg("rect", { x: 0, y: TOP, width: CELL - 1, height: high, class: "sl-p-band" });
+    picture.append(band);
     if (mine !== undefined) picture.append(svg("rect", { x: 0, y: mine, width: SIDE + wide, height: CELL - 1, class: "sl-p-band" }));
     picture.append(svg("path", { d: `M${SIDE - 0.5} ${TOP - 0.5}h${wide}M${SIDE - 0.5} ${TOP - 0.5}v${high}`, class: "sl-p-axis" }));
-    for (const [at, px] of x) picture.append(label(px + 4, TOP - 5, cut(facts.tokens[at].trim() || "␣", 11), "start", `rotate(-60 ${px + 4} ${TOP - 5})`, at === get("token")));
+    for (const [at, px] of x) picture.append(label(px + 4, TOP - 5, cut(facts.tokens[at].trim() || "␣", 11), "start", `rotate(-60 ${px + 4} ${TOP - 5})`));
     for (const e of rows) {
       const py = y.get(e.which) + 12, on = e.which === chosen();
       picture.append(label(SIDE - 8, py, latentOf(e), "end", "", on), label(SIDE - 56, py, cut((facts.labels[e.which].split("\u241f")[0] ?? "").trim(), 15), "end", "", on));
@@ -214,10 +229,12 @@ function render({ model, el }) {
     const notesOf = { "Δ next": ABOUT.effect, "Δ later": ABOUT.total, density: "share of the tokens of the index on which it fires", quantile: ABOUT.quantile, activation: ABOUT.activation };
     const table = make("table", { role: "grid" }, make("tr", {}, ...names.map((textContent) => make("th", { textContent, title: notesOf[textContent] ?? "", className: ["top tokens", "at"].includes(textContent) ? "sl-p-words" : "" }))),
       ...shown.map((e, i) => line(e, i, here)));
+    const held = [...list.querySelectorAll("tr")].indexOf(document.activeElement);
     list.replaceChildren(head, shown.length ? make("div", { className: "sl-p-scroll" }, table) : make("p", { className: "sl-quiet", textContent: "none" }));
+    if (held > 0) list.querySelectorAll("tr")[held]?.focus();
   }
   function line(e, i, here) {
-    const { facts } = data, tr = make("tr", { tabIndex: i === Math.min(row, 0) ? 0 : -1 });
+    const { facts } = data, tr = make("tr", { tabIndex: i ? -1 : 0 });
     const put = (content, className = "") => tr.append(make("td", { className }, ...(Array.isArray(content) ? content : [content])));
     const coloured = (x, name, text) => { put(text); if (get("metric") === name) tr.lastChild.style.background = shade(x); };
     put(String(latentOf(e)), "sl-p-latent");
@@ -229,11 +246,11 @@ function render({ model, el }) {
     coloured(e.total, "total", Number.isNaN(e.total) ? "–" : signed(e.total));
     put(short(facts.density[e.which], 2));
     tr.setAttribute("aria-selected", e.which === chosen());
-    tr.onclick = () => { row = i; choose(e.which); };
+    tr.onclick = () => choose(e.which);
     tr.onkeydown = (event) => {
       const near = { ArrowDown: tr.nextElementSibling, ArrowUp: tr.previousElementSibling }[event.key];
       if (near?.tabIndex !== undefined && near?.querySelector("td")) near.focus();
-      else if (event.key === "Enter" || event.key === " ") { choose(e.which); list.querySelectorAll("tr")[i + 1]?.focus(); }
+      else if (event.key === "Enter" || event.key === " ") choose(e.which);
       else if (event.key === "Escape") set(model, "selected", -1);
       else if (!["ArrowDown", "ArrowUp"].includes(event.key)) return;
       event.preventDefault();
@@ -257,9 +274,10 @@ function render({ model, el }) {
   };
   slider.oninput = () => set(model, "most", Number(slider.value) >= 0 ? 1 : 10 ** Number(slider.value));
   begin.onchange = () => set(model, "begin", begin.checked);
-  const later = framed(draw), again = () => { data = read(model); cell = [0, 0]; row = 0; later(); };
+  const later = framed(draw), again = () => { data = read(model); cell = [0, 0]; built = ""; later(); };
   const heard = { "change:numbers": again, "change:facts": again };
-  for (const name of ["selected", "token", "metric", "most", "begin", "lines", "can"]) heard[`change:${name}`] = later;
+  heard["change:token"] = framed(pointed);
+  for (const name of ["selected", "metric", "most", "begin", "lines", "can"]) heard[`change:${name}`] = later;
   for (const [name, then] of Object.entries(heard)) model.on(name, then);
   draw();
   return () => { for (const [name, then] of Object.entries(heard)) model.off(name, then); };
