@@ -70,10 +70,14 @@ class Book:
     def __init__(self, page, address, root):
         self.page, self.address, self.root = page, address, root
 
+    def write(self, name, *cells):
+        "Write cells as a notebook."
+        write_book(self.root / name, cells)
+
     def open(self, name, *cells):
         "Write cells as a notebook and open it in a fresh workspace."
         if cells:
-            write_book(self.root / name, cells)
+            self.write(name, *cells)
         self.page.goto(f"{self.address}/lab/tree/{name}?reset")
         self.page.wait_for_function(READY, timeout=90_000)
         return self

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import write_book
 
 from sae_lab.views.widget import widgets
 
@@ -225,7 +224,7 @@ def test_notebook_7(new_book):
     pytest.importorskip("notebook")
     book = new_book()
     name = next(each for each in ("browser", "card", *NAMES) if each in NAMES)
-    write_book(book.root / "seven.ipynb", [SETUP, f"shown[{name!r}][0]"])
+    book.write("seven.ipynb", SETUP, f"shown[{name!r}][0]")
     page = book.page
     page.goto(f"{book.address}/notebooks/seven.ipynb")
     page.locator(".jp-CodeCell").nth(1).wait_for(timeout=60_000)
