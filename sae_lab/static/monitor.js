@@ -57,10 +57,10 @@ function timeline(model, body, note, told) {
     make("td", { textContent: name, style: colour ? `color:${colour};font-weight:600` : "" }), make("td", { textContent: value }))));
   const place = () => {
     const i = time === null ? data.times.length - 1 : before(data.times, time);
-    charts.forEach(([svg, chart]) => {
+    charts.forEach(([svg, chart, path, now]) => {
       if (chart.series) return mark(svg, chart, time);
       const m = data.movements[chart.movement], j = before(m.times, time ?? Infinity);
-      svg.querySelector('path[fill-opacity=".8"]').setAttribute("d", bars(chart, m.edges, [...m.counts.subarray(j * m.bins, (j + 1) * m.bins)]));
+      path.setAttribute("d", time === null ? now : bars(chart, m.edges, [...m.counts.subarray(j * m.bins, (j + 1) * m.bins)]));
     });
     told(time === null || !data.times.length ? null : data.times[i], values(i));
   };
@@ -77,7 +77,10 @@ function timeline(model, body, note, told) {
   const draw = () => {
     facts = model.get("facts"); data = unpack(facts, model.get("points"));
     const found = [...body.querySelectorAll("svg[role=img]")];
-    charts = found.slice(0, facts.charts.length).map((svg, i) => [svg, facts.charts[i]]);
+    charts = found.slice(0, facts.charts.length).map((svg, i) => {
+      const path = svg.querySelector('path[fill-opacity=".8"]');
+      return [svg, facts.charts[i], path, path?.getAttribute("d")];
+    });
     if (time !== null) place();
   };
   const move = (event) => {

@@ -224,8 +224,8 @@ def _short(x: Any, digits: int) -> Any:
     value = float(f"{x:.{digits}g}")
     return int(value) if value.is_integer() else value
 
-# %% ../../nbs/09_views/26_circuitsvis.ipynb #cd56412f
-def _safe(value: object) -> str: return json.dumps(value).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+# %% ../../nbs/09_views/26_circuitsvis.ipynb #4ff09bd3
+def _safe(value: object) -> str: return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace("\u2028", "\\u2028")
 
 def legend_of(view: Views, # what is shown
               ) -> str:    # one line

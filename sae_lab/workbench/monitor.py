@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Probe', 'losses', 'added', 'Snapshot', 'half_card', 'Seldom', 'view_of', 'Watch', 'answers', 'has_display', 'monitor']
 
-# %% ../../nbs/10_lab/06_monitor.ipynb #d08784e7
+# %% ../../nbs/10_lab/06_monitor.ipynb #8aba3f35
 import math
 import sys
 import threading
@@ -36,9 +36,9 @@ from ..training.background import Background
 from ..training.events import ACTIVATION_EDGES, DENSITY_EDGES, Started, Step
 from ..training.fit import read_log
 from ..training.step import coefficients
-from ..views.card import LatentCard, latent_card
-from ..views.logits import logit_table
+from ..views.card import LatentCard
 from ..views.monitor import Mark, MonitorView, MonitorWidget, monitor_view
+from .card import card
 
 # %% ../../nbs/10_lab/06_monitor.ipynb #a1781be8
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ def added(probe: Probe,          # text and subject
     totals = Totals.of({"d": through - probe.clean, "n": torch.ones_like(through)}, doc, 0, r)
     return float(through.mean()), totals.measure("ce_added", lambda s: s["d"] / s["n"], "nats per token", "lower")
 
-# %% ../../nbs/10_lab/06_monitor.ipynb #adb5445c
+# %% ../../nbs/10_lab/06_monitor.ipynb #cc93aa9d
 @dataclass(eq=False)
 class Snapshot:
     "A coder as it stood, and its activations over the probe."
@@ -108,13 +108,9 @@ def half_card(snapshot: Snapshot,  # a coder as it stood
               ) -> LatentCard:
     "The card of a latent of a coder in training."
     check_latent(latent, snapshot.coder.d_sae)
-    subject, spec = snapshot.probe.subject, snapshot.coder.spec
-    hook, direction = (spec.hooks_out or spec.hooks_in)[0], snapshot.coder.W_dec[latent:latent + 1].detach()
-    table = None
-    if len(spec.hooks_out or spec.hooks_in) == 1 and subject.to_residual(hook) is not None:
-        table = logit_table(subject.logit_weights(hook, direction)[0].tolist(), snapshot.probe.vocabulary)
-    where = f"{snapshot.name} after {snapshot.tokens:,} tokens of training · {hook} · fixed probe"
-    return latent_card(snapshot.index.page(latent), table, float(direction.norm()), snapshot.index.n_tokens, where)
+    spec = snapshot.coder.spec
+    where = f"{snapshot.name} after {snapshot.tokens:,} tokens of training · {', '.join(spec.hooks_out or spec.hooks_in)} · fixed probe"
+    return card(snapshot.probe.subject, snapshot.coder, snapshot.index, latent, where=where)
 
 # %% ../../nbs/10_lab/06_monitor.ipynb #d6889068
 @dataclass
@@ -195,7 +191,7 @@ class _Chores:
     def refresh(self) -> None:
         "What is to be done after each job."
 
-# %% ../../nbs/10_lab/06_monitor.ipynb #cd2af9ba
+# %% ../../nbs/10_lab/06_monitor.ipynb #046360a0
 def _measure(watch: "Watch") -> None:
     "Every coder on the probe; the next round comes when this one is a small share of the time since."
     began = time.monotonic()
@@ -222,9 +218,9 @@ def _open(watch: "Watch", name: str, latent: int, again: bool) -> None:
     old = watch.snapshot
     if old is None or old.name != name or not (again or old.coder.spec.provenance["steps"] == watch.work.run.step):
         watch.snapshot = Snapshot(watch.probe, name, watch.work.snapshot(name))
-    card = half_card(watch.snapshot, latent)
+    made = half_card(watch.snapshot, latent)
     watch.doing, widget = "", watch.widget()
-    if widget is not None: widget.card = card.to_html()
+    if widget is not None: widget.card = made.to_html()
 
 # %% ../../nbs/10_lab/06_monitor.ipynb #0c2943e0
 class Watch(_Chores):
@@ -276,7 +272,7 @@ class Watch(_Chores):
         if self.bar is not None: self.bar.close()
         _keep(self)
 
-# %% ../../nbs/10_lab/06_monitor.ipynb #78f83052
+# %% ../../nbs/10_lab/06_monitor.ipynb #d7a8b00a
 def _keep(watch: Watch) -> float: # when it was done
     "Renew what the notebook will keep."
     with watch.lock:
@@ -300,14 +296,14 @@ def answers(watch: Watch,                    # of a training
     def change(coder: str, coefficient: str, value: float) -> str:
         made = watch.work.change(coefficient, float(value), coder)
         return then(f"{coder}: {coefficient} is {number(made.value)} from step {made.step + 1:,} on")
-    def card(coder: str, latent: int, again: bool = False) -> str:
+    def open_card(coder: str, latent: int, again: bool = False) -> str:
         if watch.probe is None: raise InputError("no text to look at it on", "a subject and text", "monitor(work, subject, tokens)")
         check_latent(latent, watch.work.run.given[coder].d_sae)
         watch.doing = f"latent {latent} of {coder}: reading {watch.probe.tokens.n:,} tokens of the probe…"
         watch.submit(lambda: _open(watch, coder, latent, again))
         return then()
     act = {name: (lambda call: lambda: (call(), then())[1])(getattr(watch.work, name)) for name in ("pause", "resume", "stop")}
-    return {**act, "change": change, "card": card}
+    return {**act, "change": change, "card": open_card}
 
 # %% ../../nbs/10_lab/06_monitor.ipynb #c78563d8
 def has_display() -> bool: # True in a kernel whose outputs can be drawn again
