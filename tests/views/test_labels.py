@@ -34,14 +34,14 @@ def bar(table):
     "Ends of the drawn bars as shares of their width."
     import re
 
-    return [float(x) / 128 for x in re.findall(r'<rect x="1" y="3" width="([-\d.]+)"', table.to_html())]
+    return [float(x) / 98 for x in re.findall(r'<rect x="1" y="3" width="([-\d.]+)"', table.to_html())]
 
 
 def test_bars_have_the_length_of_the_score():
     table = ConceptTable("t", tuple(Overlap(f"c{v}", score=v) for v in (1.0, .5, 0.0, -.3)))
-    assert bar(table) == pytest.approx([1, .5, 0, 0], abs=.01)
+    assert bar(table) == pytest.approx([1, .5, 0, 0], abs=.015)
     lift = ConceptTable("t", (Overlap("a", score=8.0, low=6.0, high=16.0), Overlap("b", score=4.0)), "lift")
-    assert scale(lift) == 16 and bar(lift) == pytest.approx([.5, .25], abs=.01)
+    assert scale(lift) == 16 and bar(lift) == pytest.approx([.5, .25], abs=.015)
 
 
 def test_chance_and_the_unknown_are_said():
