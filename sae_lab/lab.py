@@ -6,7 +6,7 @@
 __all__ = ['QUANTITIES', 'home', 'packed', 'in_notebook', 'status', 'Monitor', 'watch', 'pick', 'collect', 'train', 'measured',
            'measure', 'index', 'show', 'save', 'reopen', 'Lab']
 
-# %% ../nbs/10_lab/20_lab.ipynb #7a7e6585
+# %% ../nbs/10_lab/20_lab.ipynb #34b3b003
 import math
 import os
 import shutil
@@ -39,6 +39,7 @@ from .training.fit import fit
 from .views.card import LatentCard, latent_card
 from .views.curves import training_curves
 from .views.logits import logit_table
+from .workbench import desk
 
 # %% ../nbs/10_lab/20_lab.ipynb #b46d77b7
 def home() -> Path:  # need not exist yet
@@ -211,7 +212,7 @@ def measure(
     names = list(lab.coders) if coder is None and lab.coders else [pick(lab, coder)]
     return pd.concat({name: frame(measured(lab, name, tokens)) for name in names}, names=["coder", "measure"])
 
-# %% ../nbs/10_lab/20_lab.ipynb #3c7fc321
+# %% ../nbs/10_lab/20_lab.ipynb #072696db
 def index(
     lab: "Lab",  # the lab
     coder: str | None = None,  # name; None: the coder used last
@@ -234,8 +235,7 @@ def show(
     coder: str | None = None,  # name; None: the coder used last
 ) -> LatentCard:  # static, offline; shows itself
     "The card of a latent."
-    name = pick(lab, coder)
-    made, pages = lab.coders[name], lab.indexes.get(name) or index(lab, name)
+    name, made, pages = lab.opened(coder)
     page, hook, table = pages.page(latent), (made.spec.hooks_out or made.spec.hooks_in)[0], None
     direction = made.W_dec[latent:latent + 1].detach()
     if lab.subject.to_residual(hook) is not None:
@@ -286,11 +286,15 @@ def reopen(
     lab.last = facts["last"]
     return lab
 
-# %% ../nbs/10_lab/20_lab.ipynb #23dcf669
+# %% ../nbs/10_lab/20_lab.ipynb #3366ee21
 class Lab:
     "A subject, text, and the work done on them, kept in a folder."
     collect, train, measure, index, show, save = collect, train, measure, index, show, save
-    open = staticmethod(reopen)
+    card, browse, prompt = desk.card, desk.browse, desk.prompt
+    begin, monitor, keep = desk.begin, desk.monitor, desk.keep
+    labels, splitting, explore = desk.labels, desk.splitting, desk.explore
+    attention, neurons = desk.attention, desk.neurons
+    pick, text, open = pick, packed, staticmethod(reopen)
 
     def __init__(
         self,
@@ -308,6 +312,14 @@ class Lab:
         self.coders: dict[str, AbstractCoder] = {}
         self.indexes: dict[str, FeatureIndex] = {}
         self.last: str | None = None
+
+    def opened(
+        self,
+        coder: str | None = None,  # name; None: the coder used last
+    ) -> tuple[str, AbstractCoder, FeatureIndex]:  # its name, itself, its index
+        "A coder and its index, built if there is none; raises as `pick` does."
+        name = pick(self, coder)
+        return name, self.coders[name], self.indexes.get(name) or index(self, name)
 
     @cached_property
     def vocabulary(self) -> list[str]:
