@@ -36,7 +36,7 @@ def packed(made: Ladder,  # from `views.family.ladder`
             "attached": [int((main >= 0).sum()) for main in main_parents(made)], "tried": len(order), "fdr": made.fdr,
             "q": made.fdr}
 
-# %% ../../nbs/09_views/246_explorer.ipynb #e079e599
+# %% ../../nbs/09_views/246_explorer.ipynb #37709f4e
 @widgets.add("explorer", idea="feature splitting across dictionaries", example=lambda: explorer_example())
 class ExplorerWidget(AbstractWidget):
     "A ladder of dictionaries to walk on; `level` and `latent` are the focus, `path` a latent a dictionary."
@@ -77,6 +77,7 @@ class ExplorerWidget(AbstractWidget):
         with self.hold_trait_notifications(): self.level, self.latent = level, latent
         self.path = path_of(view)
 
+# %% ../../nbs/09_views/246_explorer.ipynb #d3b71931
 def path_of(view: SplittingView,  # what is shown
             ) -> list[int]:       # a latent a dictionary; -1: none
     "The focus, its strongest parents and its strongest children."
@@ -91,7 +92,7 @@ def path_of(view: SplittingView,  # what is shown
         if own: path[level] = max(own, key=strength).parent
     return path
 
-# %% ../../nbs/09_views/246_explorer.ipynb #39ce7b96
+# %% ../../nbs/09_views/246_explorer.ipynb #b581a106
 def follow_path(explorer: ExplorerWidget,  # alive
                 cards: Mapping[int, Any],  # card widgets by the number of their dictionary
                 ) -> None:
@@ -100,7 +101,9 @@ def follow_path(explorer: ExplorerWidget,  # alive
     if wrong: raise InputError(f"cards for dictionaries {wrong}", f"numbers below {len(explorer.sizes)}", "count from 0")
     def turn(change: Any = None) -> None:
         for level, card in cards.items():
-            if level < len(explorer.path) and explorer.path[level] >= 0: card.latent = explorer.path[level]
+            latent = explorer.path[level] if level < len(explorer.path) else -1
+            if latent >= 0: card.latent = latent
+            if hasattr(card, "layout"): card.layout.display = None if latent >= 0 else "none"
     explorer.observe(turn, "path")
     turn()
 

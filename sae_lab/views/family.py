@@ -18,7 +18,7 @@ import pandas as pd
 from ..ground.errors import InputError
 from .payload import Number
 
-# %% ../../nbs/09_views/24_family.ipynb #47571f6e
+# %% ../../nbs/09_views/24_family.ipynb #abb69ba0
 KINDS = ("cosine", "correlation", "given")  # evidence of an edge; `given` is P(parent fires | child fires)
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Mean:
     high: Number      # upper end
     n: int            # latents of the parents' dictionary
 
+# %% ../../nbs/09_views/24_family.ipynb #8d4e236c
 @dataclass(frozen=True)
 class Member:
     "One latent of a family and its place."
@@ -95,7 +96,7 @@ class Ladder:
         steps = " → ".join(f"{name} ({size:,})" for name, size in zip(self.names, self.sizes, strict=True))
         return f"Ladder({steps}; {int(self.edges['shown'].sum()):,} of {len(self.edges['shown']):,} edges shown)"
 
-# %% ../../nbs/09_views/24_family.ipynb #8c80f210
+# %% ../../nbs/09_views/24_family.ipynb #32ed9594
 def _per_latent(given: Any, size: int, empty: Any) -> list:
     "A value for every latent from a sequence, a mapping, or nothing."
     if given is None: return [empty] * size
@@ -120,6 +121,7 @@ def _edges(frame: Any, sizes: Sequence[int]) -> dict[str, np.ndarray]:
     strength = np.where(seen, known, 0).sum(0) / np.maximum(seen.sum(0), 1)
     return made | whole | {"shown": made["shown"] > 0, "strength": np.where(seen.any(0), strength, -1.0)}
 
+# %% ../../nbs/09_views/24_family.ipynb #2204fadf
 def ladder(splitting: Any,                       # anything with names, sizes, edges, nulls, states, fdr
            labels: Sequence | None = None,       # of the latents, a dictionary each; None: not known
            tokens: Sequence | None = None,       # top tokens, as the labels
@@ -130,15 +132,17 @@ def ladder(splitting: Any,                       # anything with names, sizes, e
     if len(names) != len(sizes): raise InputError(f"{len(names)} names for {len(sizes)} sizes", "one each", "name each")
     spread = lambda given, empty: [_per_latent(None if given is None else given[i], size, empty)
                                    for i, size in enumerate(sizes)]
-    states = [[""] * size for size in sizes]
-    if getattr(splitting, "states", None) is not None:
-        frame = splitting.states
-        for level, latent, state in zip(frame["level"], frame["latent"], frame["state"], strict=True):
-            states[int(level)][int(latent)] = str(state)
     text = lambda given: tuple([str(each) for each in column] for column in spread(given, ""))
     return Ladder(names, sizes, _edges(splitting.edges, sizes), text(labels), text(tokens),
-                  tuple(np.asarray(each, dtype=np.float64) for each in spread(density, -1.0)), tuple(states),
-                  _nulls(splitting), _means(splitting), float(splitting.fdr))
+                  tuple(np.asarray(each, dtype=np.float64) for each in spread(density, -1.0)),
+                  _states(splitting, sizes), _nulls(splitting), _means(splitting), float(splitting.fdr))
+
+def _states(splitting: Any, sizes: tuple[int, ...]) -> tuple[list[str], ...]:
+    states = [[""] * size for size in sizes]
+    frame = getattr(splitting, "states", None)
+    columns = [] if frame is None else [frame[name] for name in ("level", "latent", "state")]
+    for level, latent, state in zip(*columns, strict=True): states[int(level)][int(latent)] = str(state)
+    return tuple(states)
 
 def _nulls(splitting: Any) -> tuple[Null, ...]:
     rows = splitting.nulls.to_dict("records")
@@ -193,7 +197,7 @@ def _told(edges: pd.DataFrame, sizes: tuple[int, ...]) -> SimpleNamespace:
     return SimpleNamespace(names=tuple(map(str, sizes)), sizes=sizes, edges=edges, nulls=pd.DataFrame(nulls), fdr=0.05,
                            states=pd.concat(states), children_per_latent=lambda: pd.DataFrame(means))
 
-# %% ../../nbs/09_views/24_family.ipynb #6d47c1db
+# %% ../../nbs/09_views/24_family.ipynb #61db0e26
 def main_parents(made: Ladder,          # a ladder
                  ) -> list[np.ndarray]: # for each dictionary, the parent of each latent; -1: none
     "The parent along the strongest shown edge."
@@ -204,14 +208,19 @@ def main_parents(made: Ladder,          # a ladder
         mains[level][edges["child"][at]] = edges["parent"][at]
     return mains
 
-def ranks(made: Ladder,          # a ladder
-          ) -> list[np.ndarray]: # for each dictionary, the place of each latent
-    "Places at which families lie together, large ones first and latents without a parent last."
-    mains, weights = main_parents(made), [np.zeros(size) for size in made.sizes]
+def _descendants(mains: list[np.ndarray]) -> list[np.ndarray]:
+    "How many latents stand beneath each, along main parents."
+    weights = [np.zeros(len(main)) for main in mains]
     for level in reversed(range(1, len(mains))):
         at = mains[level] >= 0
         np.add.at(weights[level - 1], mains[level][at], 1 + weights[level][at])
-    places: list[np.ndarray] = []
+    return weights
+
+def ranks(made: Ladder,          # a ladder
+          ) -> list[np.ndarray]: # for each dictionary, the place of each latent
+    "Places at which families lie together, large ones first and latents without a parent last."
+    mains, places = main_parents(made), list[np.ndarray]()
+    weights = _descendants(mains)
     for level, main in enumerate(mains):
         first = np.where(main >= 0, places[-1][main], np.inf) if level else np.zeros(len(main))
         place = np.empty(len(main), dtype=np.int64)
@@ -219,12 +228,12 @@ def ranks(made: Ladder,          # a ladder
         places.append(place)
     return places
 
-# %% ../../nbs/09_views/24_family.ipynb #ea2b0b4f
+# %% ../../nbs/09_views/24_family.ipynb #569002b6
 def _column(made: Ladder, level: int, own: list[int], down: bool, most: int) -> tuple[dict[int, list[int]], dict]:
     "Relatives of latents of one level, next to each: those kept, and how many were not."
     mine, other = ("parent", "child") if down else ("child", "parent")
     edges = made.edges
-    at = np.flatnonzero(edges["shown"] & (edges["level"] == (level if down else level - 1)) & np.isin(edges[mine], own))
+    at = np.flatnonzero(edges["shown"] & (edges["level"] == level - (not down)) & np.isin(edges[mine], own))
     groups: dict[int, list[int]] = {each: [] for each in own}
     seen = set()
     for i in at[np.argsort(-edges["strength"][at], kind="stable")]:
@@ -247,6 +256,7 @@ def _side(made: Ladder, focus: tuple[int, int], down: bool, most: int) -> tuple[
         level, own = step, [other for each in own for other in kept[each]]
     return kin, hidden
 
+# %% ../../nbs/09_views/24_family.ipynb #de300b65
 def _rows(kin: dict, hidden: dict, focus: tuple[int, int]) -> dict[tuple[int, int], float]:
     "A row for each member of a tree."
     rows = {}
@@ -265,7 +275,7 @@ def _rows(kin: dict, hidden: dict, focus: tuple[int, int]) -> dict[tuple[int, in
     place(focus, 0.0)
     return rows
 
-# %% ../../nbs/09_views/24_family.ipynb #626820cb
+# %% ../../nbs/09_views/24_family.ipynb #4e4f63ea
 def _branches(kin: dict, focus: tuple[int, int]) -> dict[tuple[int, int], int]:
     "The branch of each member of a tree: the number of the first relative on its way."
     found = {focus: -1}
@@ -290,7 +300,8 @@ def _between(made: Ladder, members: list[Member], tree: set) -> tuple[Edge, ...]
     edges, found = made.edges, []
     for level in range(len(made.sizes) - 1):
         here, there = ([each.latent for each in members if each.level == at] for at in (level, level + 1))
-        keep = edges["shown"] & (edges["level"] == level) & np.isin(edges["parent"], here) & np.isin(edges["child"], there)
+        keep = edges["shown"] & (edges["level"] == level)
+        keep &= np.isin(edges["parent"], here) & np.isin(edges["child"], there)
         for i in np.flatnonzero(keep):
             parent, child = int(edges["parent"][i]), int(edges["child"][i])
             evidence = [float(edges[name][i]) for name in (*KINDS, "reverse")]
@@ -324,7 +335,7 @@ def family(made: Ladder,          # a ladder
     found = [replace(each, row=each.row - least) for each in found]
     return tuple(found), _between(made, found, tree)
 
-# %% ../../nbs/09_views/24_family.ipynb #51d67e2a
+# %% ../../nbs/09_views/24_family.ipynb #1bdef3e3
 @dataclass(frozen=True)
 class Band:
     "Neighbouring parents and their children, as places in the order of two dictionaries."
@@ -347,8 +358,8 @@ def bands(made: Ladder,               # a ladder
         for place in np.flatnonzero(counts):
             new = Band(level, int(place), int(place) + 1, top, top := top + int(counts[place]))
             last = found[-1] if found and found[-1].level == level else None
-            if last and _joins(last, new, hair, small, large): found[-1] = replace(last, below=new.below, bottom=new.bottom)
-            else: found.append(new)
+            if not last or not _joins(last, new, hair, small, large): found.append(new)
+            else: found[-1] = replace(last, below=new.below, bottom=new.bottom)
     return tuple(found)
 
 def _joins(last: Band, new: Band, hair: Number, small: int, large: int) -> bool:

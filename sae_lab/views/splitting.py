@@ -93,7 +93,7 @@ def share(value: Number, # any number
     "A proportion that can be drawn."
     return float(min(max(value, 0.0), 1.0)) if math.isfinite(value) else 0.0
 
-# %% ../../nbs/09_views/245_splitting.ipynb #2860f6ef
+# %% ../../nbs/09_views/245_splitting.ipynb #fe10240f
 def forest(view: SplittingView,   # what is shown
            width: int = 230,      # pixels
            height: int = 400,     # pixels
@@ -106,10 +106,11 @@ def forest(view: SplittingView,   # what is shown
         y = [_depth(view, each.level, each.above, height), _depth(view, each.level, each.below, height, True),
              _depth(view, each.level + 1, each.top, height), _depth(view, each.level + 1, each.bottom, height, True)]
         parts.append(ribbon((x(each.level) + 5, y[0], y[1]), (x(each.level + 1) - 1, y[2], y[3])))
-    body = f'<path d="{"".join(parts)}" fill="currentColor" fill-opacity=".13" stroke="currentColor" stroke-width=".3"/>'
-    body += _threads(view, x, height) + "".join(_pillar(view, level, x(level), height) for level in range(len(view.sizes)))
+    look = 'fill="currentColor" fill-opacity=".13" stroke="currentColor" stroke-width=".3"'
+    pillars = "".join(_pillar(view, level, x(level), height) for level in range(len(view.sizes)))
+    body = f'<path d="{"".join(parts)}" {look}/>' + _threads(view, x, height) + pillars
     steps = " to ".join(f"{size:,}" for size in view.sizes)
-    says = f"{view.shown:,} edges between dictionaries of {steps} latents; the family of latent {view.focus.latent} in colour"
+    says = f"{view.shown:,} edges between dictionaries of {steps} latents; in colour the family of latent {view.focus.latent}"
     return drawing(Frame((0, 1), (0, 1), width, height), body, says)
 
 def _depth(view: SplittingView, level: int, place: Number, height: int, end: bool = False) -> float:
@@ -119,6 +120,7 @@ def _depth(view: SplittingView, level: int, place: Number, height: int, end: boo
     room = height - 50 - gap
     return round(22 + room * place / size + (gap if place > tied or (place == tied and not end) else 0), 1)
 
+# %% ../../nbs/09_views/245_splitting.ipynb #c73a9082
 def _pillar(view: SplittingView, level: int, x: Number, height: int) -> str:
     "The column of a dictionary with its counts."
     size, tied = view.sizes[level], view.attached[level] if level < len(view.attached) else 0
@@ -144,8 +146,10 @@ def _threads(view: SplittingView, x, height: int) -> str:
         y, to = (_depth(view, each.level, each.rank + 0.5, height) for each in (a, b))
         left, right = x(a.level) + 5, x(b.level) - 1
         mid = round((left + right) / 2, 1)
-        paths.setdefault(_edge_hue(view, edge, place), []).append(f"M{left:g} {y:g}C{mid:g} {y:g} {mid:g} {to:g} {right:g} {to:g}")
-    return "".join(f'<path d="{"".join(lines)}" fill="none" stroke="{ink}" stroke-width="1.2"/>' for ink, lines in paths.items())
+        line = f"M{left:g} {y:g}C{mid:g} {y:g} {mid:g} {to:g} {right:g} {to:g}"
+        paths.setdefault(_edge_hue(view, edge, place), []).append(line)
+    return "".join(f'<path d="{"".join(lines)}" fill="none" stroke="{ink}" stroke-width="1.2"/>'
+                   for ink, lines in paths.items())
 
 def _edge_hue(view: SplittingView, edge: Edge, place: dict) -> str:
     "The colour of an edge: that of its branch, or grey for another parent."
@@ -153,7 +157,7 @@ def _edge_hue(view: SplittingView, edge: Edge, place: dict) -> str:
     far = (edge.level + 1, edge.child) if edge.level >= view.focus.level else (edge.level, edge.parent)
     return hue(place[far].branch)
 
-# %% ../../nbs/09_views/245_splitting.ipynb #3556ad1b
+# %% ../../nbs/09_views/245_splitting.ipynb #8bdf191c
 @dataclass(frozen=True)
 class Stage:
     "Where things stand in the flow, pixels."
@@ -184,6 +188,7 @@ def stage(view: SplittingView,  # what is shown
     height = 40 + ROW * (max(float(each.row) for each in view.members) + 1.2) + 34
     return Stage(xs, ys, tall, tuple(width - (3 - i) * (wide + 14) for i in range(3)), wide, width, round(height))
 
+# %% ../../nbs/09_views/245_splitting.ipynb #6a60fe92
 def ports(edges: Sequence[Edge],  # of one family
           place: Stage,           # where things stand
           ) -> dict[Edge, tuple]: # left and right end of each ribbon: (x, upper, lower)
@@ -205,7 +210,7 @@ def ports(edges: Sequence[Edge],  # of one family
                 top += scale * part
     return {edge: tuple(both) for edge, both in ends.items()}
 
-# %% ../../nbs/09_views/245_splitting.ipynb #d857a2ea
+# %% ../../nbs/09_views/245_splitting.ipynb #e329f9bc
 TITLES = {"cosine": "cosine", "correlation": "correlation", "given": "P(parent|child)"}
 
 def outer(view: SplittingView, # what is shown
@@ -214,7 +219,8 @@ def outer(view: SplittingView, # what is shown
     at = {(each.level, each.latent): each for each in view.members}
     down = [edge for edge in view.edges if edge.main and edge.level >= view.focus.level]
     inner = {(edge.level, edge.parent) for edge in down}
-    if not down: return [(edge, at[edge.level, edge.parent]) for edge in view.edges if edge.level == view.focus.level - 1]
+    if not down: return [(edge, at[edge.level, edge.parent]) for edge in view.edges
+                         if (edge.level + 1, edge.child) == (view.focus.level, view.focus.latent)]
     return [(edge, at[edge.level + 1, edge.child]) for edge in down if (edge.level + 1, edge.child) not in inner]
 
 def null_of(view: SplittingView,  # what is shown
@@ -243,6 +249,7 @@ def _label_end(member: Member, place: Stage) -> float:
     long = 20 + 7 * len(str(member.latent)) + 6.3 * len(_name(member, place))
     return min(place.xs[member.level] + long, place.facets[0] - 6)
 
+# %% ../../nbs/09_views/245_splitting.ipynb #a91ef1d4
 def _fields(view: SplittingView, place: Stage) -> str:
     "The fields of evidence."
     rows, low, parts = outer(view), place.height - 30, []
@@ -253,8 +260,9 @@ def _fields(view: SplittingView, place: Stage) -> str:
     parts.append(f'<path d="{lines}" stroke="currentColor" stroke-dasharray="1 4" opacity=".35"/>')
     for kind, x in zip(KINDS, place.facets, strict=True):
         at = lambda value, x=x: round(x + place.wide * share(value), 1)
-        parts += [_shadow(view, kind, level, [y for y, (edge, _) in zip(ys, rows, strict=True) if edge.level == level], at)
-                  for level in sorted({edge.level for edge, _ in rows})]
+        for level in sorted({edge.level for edge, _ in rows}):
+            own = [y for y, (edge, _) in zip(ys, rows, strict=True) if edge.level == level]
+            parts.append(_shadow(view, kind, level, own, at))
         parts.append(f'<path d="M{x:g} {low}H{x + place.wide:g}" stroke="currentColor" opacity=".5"/>')
         parts += [label(at(v), low + 13, number(v)) for v in (0, .5, 1)] + [label(x + place.wide / 2, 14, TITLES[kind])]
         parts += [_mark(edge, kind, at, y, hue(member.branch)) for y, (edge, member) in zip(ys, rows, strict=True)]
@@ -282,7 +290,7 @@ def _mark(edge: Edge, kind: str, at, y: Number, ink: str) -> str:
         reach = f'<path d="M{at(float(low)):g} {y:.4g}H{at(float(high)):g}" stroke="{ink}" stroke-width="1.5"/>'
     return reach + f'<circle cx="{at(value):g}" cy="{y:.4g}" r="3.3" fill="{ink}"/>'
 
-# %% ../../nbs/09_views/245_splitting.ipynb #f7447d4e
+# %% ../../nbs/09_views/245_splitting.ipynb #464c64e3
 def flow(view: SplittingView,  # what is shown
          width: int = 740,     # at least, pixels
          ) -> str:             # HTML
@@ -306,15 +314,16 @@ def _bar(view: SplittingView, member: Member, place: Stage) -> str:
     look = f'fill="{ink}" fill-opacity="{"1" if focus else ".25"}" stroke="{ink}"'
     parts = [f'<rect x="{x:.4g}" y="{y - tall / 2:.4g}" width="7" height="{tall:.4g}" {look}/>']
     name, digits = _name(member, place), 7 * len(str(member.latent)) + 5
-    inner = any(edge.main and at == ((edge.level, edge.parent) if edge.level >= view.focus.level else (edge.level + 1, edge.child))
-                for edge in view.edges)
+    kin = {(edge.level, edge.parent) if edge.level >= view.focus.level else (edge.level + 1, edge.child)
+           for edge in view.edges if edge.main}
+    inner = at in kin
     rise = -6 if inner and not focus and tall < 26 else 0  # above a thin ribbon, not across it
     bold = ' style="font-weight:700"' if focus else ""
     parts.append(f'<text x="{x + 12:.4g}" y="{y + 4 + rise:.4g}" fill="currentColor"{bold}>{member.latent}</text>')
     if name: parts.append(label(x + 12 + digits, round(y + 4 + rise, 1), name, "start"))
     return "".join(parts)
 
-# %% ../../nbs/09_views/245_splitting.ipynb #497d19d4
+# %% ../../nbs/09_views/245_splitting.ipynb #ecc768f5
 def growth(view: SplittingView, # what is shown
            ) -> str:            # HTML
     "Children per latent at each step, with 95 % intervals."
@@ -327,9 +336,10 @@ def growth(view: SplittingView, # what is shown
     for i, each in enumerate(seen):
         x, low, high = frame.x(i), frame.y(share_or(each.low, each.mean)), frame.y(share_or(each.high, each.mean))
         said = f"{number(each.mean)} children per latent ({number(each.low)} to {number(each.high)}), n = {each.n:,}"
+        dot = f'cx="{x:g}" cy="{frame.y(each.mean):g}" r="4" fill="{SERIES[0]}"'
         body += (f'<path d="M{x:g} {low:g}V{high:g}M{x - 4:g} {low:g}h8M{x - 4:g} {high:g}h8" stroke="currentColor"/>'
-                 f'<circle cx="{x:g}" cy="{frame.y(each.mean):g}" r="4" fill="{SERIES[0]}"><title>{caption(said)}</title></circle>'
-                 + label(x + 8, frame.y(each.mean) + 4, number(each.mean), "start", faint=False))
+                 f'<circle {dot}><title>{caption(said)}</title></circle>'
+                 f'{label(x + 8, frame.y(each.mean) + 4, number(each.mean), "start", faint=False)}')
     says = ", ".join(f"{text} {number(each.mean)}" for (_, text), each in zip(ticks, seen, strict=True))
     return drawing(frame, body, f"children per latent: {says}")
 
@@ -339,7 +349,7 @@ def share_or(value: Number,  # any number
     "A number, or another where it is not finite."
     return float(value if math.isfinite(value) else other)
 
-# %% ../../nbs/09_views/245_splitting.ipynb #cccfff8d
+# %% ../../nbs/09_views/245_splitting.ipynb #aedcd978
 def walk(view: SplittingView, # what is shown
          ) -> list[tuple[int, Member, Edge | None]]:  # depth, a latent, the edge that led to it
     "The family as an outline: the focus, its descendants beneath, then its ancestors."
@@ -371,6 +381,7 @@ def evidence_rows(view: SplittingView,  # what is shown
                      "correlation": number(edge.correlation, 2), "child's n": edge.n, "q": number(edge.q, 2)})
     return rows
 
+# %% ../../nbs/09_views/245_splitting.ipynb #00fa0dba
 def summary(view: SplittingView, # what is shown
             ) -> str:            # one line
     "The sizes and the edges shown."

@@ -1,4 +1,5 @@
 "The splitting explorer as a page of its own: what it draws, how it is walked, how long it takes."
+
 import pytest
 
 from sae_lab.views.explorer import ExplorerWidget, explorer_example
@@ -6,9 +7,15 @@ from sae_lab.views.family import example_splitting, family, ladder
 from sae_lab.views.widget import standalone
 
 pytestmark = pytest.mark.browser
-HOSTILE = ("</script><script>window.hit = 1</script>", "<img src=x onerror='window.hit = 1'>", "\u202eabc", "x" * 10_000)
+HOSTILE = (
+    "</script><script>window.hit = 1</script>",
+    "<img src=x onerror='window.hit = 1'>",
+    "\u202eabc",
+    "x" * 10_000,
+)
 PLACES = """() => [...document.querySelectorAll('.sl-ex-node')].map(g => {
-  const box = g.querySelector('.sl-ex-hit'); return [Number(g.dataset.id), Number(box.getAttribute('y')) + box.getAttribute('height') / 2]; })"""
+  const box = g.querySelector('.sl-ex-hit');
+  return [Number(g.dataset.id), Number(box.getAttribute('y')) + box.getAttribute('height') / 2]; })"""
 
 
 @pytest.fixture
@@ -19,13 +26,17 @@ def open_page(chromium, tmp_path):
     def show(widget, width=1300, scheme="light", scripts=True):
         path = tmp_path / f"page{len(contexts)}.html"
         path.write_text(standalone(widget))
-        context = chromium.new_context(viewport={"width": width, "height": 1000}, color_scheme=scheme, java_script_enabled=scripts)
+        context = chromium.new_context(
+            viewport={"width": width, "height": 1000}, color_scheme=scheme, java_script_enabled=scripts
+        )
         contexts.append(context)
         page = context.new_page()
         page.errors, page.outside = [], []
         page.on("pageerror", lambda e: page.errors.append(str(e)))
         page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)
-        page.on("request", lambda r: None if r.url.startswith(("file:", "blob:", "data:")) else page.outside.append(r.url))
+        page.on(
+            "request", lambda r: None if r.url.startswith(("file:", "blob:", "data:")) else page.outside.append(r.url)
+        )
         page.goto(path.as_uri())
         if scripts:
             page.wait_for_selector(".sl-ex-flow")

@@ -1,4 +1,5 @@
 "Families, the splitting view and the explorer: equal to a naive walk, lawful for any numbers and any text."
+
 import math
 from types import SimpleNamespace
 
@@ -15,8 +16,19 @@ from sae_lab.views.payload import check_view, read_html
 from sae_lab.views.splitting import outer, ports, splitting_view, stage, walk
 from sae_lab.views.widget import standalone
 
-HOSTILE = ("</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\u202eabc", "\ud83d", "\n\t\r", "x" * 10_000,
-           '" onmouseover="alert(1)', "", "🦊", "\x00", "a\tb")
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "\u202eabc",
+    "\ud83d",
+    "\n\t\r",
+    "x" * 10_000,
+    '" onmouseover="alert(1)',
+    "",
+    "🦊",
+    "\x00",
+    "a\tb",
+)
 quick = settings(deadline=None, max_examples=40)
 numbers = st.floats(-1, 1) | st.sampled_from([0.0, 1.0, math.nan])
 EMPTY = pd.DataFrame({"evidence": [], "null": [], "draws": [], "q50": [], "q95": [], "q99": [], "max": []})
@@ -26,18 +38,36 @@ def made_of(sizes, edges, nulls=EMPTY, means=None):
     "A splitting of given edges, as `ladder` reads it."
     frame = pd.DataFrame(edges, columns=list(COLUMNS))
     means = pd.DataFrame(means or [], columns=["level", "size", "mean", "low", "high", "n"])
-    return SimpleNamespace(names=tuple(f"d{size}" for size in sizes), sizes=tuple(sizes), edges=frame, nulls=nulls, states=None,
-                           fdr=0.05, children_per_latent=lambda: means)
+    return SimpleNamespace(
+        names=tuple(f"d{size}" for size in sizes),
+        sizes=tuple(sizes),
+        edges=frame,
+        nulls=nulls,
+        states=None,
+        fdr=0.05,
+        children_per_latent=lambda: means,
+    )
 
 
 @st.composite
 def splittings(draw):
     "Small dictionaries with any edges and any evidence."
     sizes = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
-    pairs = [(level, a, b) for level in range(len(sizes) - 1) for a in range(sizes[level]) for b in range(sizes[level + 1])]
+    pairs = [
+        (level, a, b) for level in range(len(sizes) - 1) for a in range(sizes[level]) for b in range(sizes[level + 1])
+    ]
     chosen = draw(st.lists(st.sampled_from(pairs), max_size=30, unique=True)) if pairs else []
-    rows = [(*pair, *(draw(numbers) for _ in range(4)), draw(st.integers(0, 9999)), draw(numbers), draw(numbers), draw(st.booleans()))
-            for pair in chosen]
+    rows = [
+        (
+            *pair,
+            *(draw(numbers) for _ in range(4)),
+            draw(st.integers(0, 9999)),
+            draw(numbers),
+            draw(numbers),
+            draw(st.booleans()),
+        )
+        for pair in chosen
+    ]
     return made_of(sizes, rows)
 
 
@@ -64,8 +94,12 @@ def test_a_family_is_every_relative(splitting, data):
     want = {(level, latent)} | naive_kin(splitting, level, latent, 1) | naive_kin(splitting, level, latent, -1)
     assert {(each.level, each.latent) for each in members} == want and len(members) == len(want)
     shown = splitting.edges[splitting.edges.shown.astype(bool)]
-    inside = [row for row in shown.itertuples() if (row.level, row.parent) in want and (row.level + 1, row.child) in want]
-    assert sorted((each.level, each.parent, each.child) for each in edges) == sorted((r.level, r.parent, r.child) for r in inside)
+    inside = [
+        row for row in shown.itertuples() if (row.level, row.parent) in want and (row.level + 1, row.child) in want
+    ]
+    assert sorted((each.level, each.parent, each.child) for each in edges) == sorted(
+        (r.level, r.parent, r.child) for r in inside
+    )
     for each in members:
         assert each.children == ((shown.level == each.level) & (shown.parent == each.latent)).sum()
         assert each.parents == ((shown.level == each.level - 1) & (shown.child == each.latent)).sum()
@@ -116,25 +150,50 @@ def test_ribbons_end_in_their_bars():
     place = stage(view)
     for edge, ((x, a, b), (to, c, d)) in ports(view.edges, place).items():
         for at, low, high in (((edge.level, edge.parent), a, b), ((edge.level + 1, edge.child), c, d)):
-            y, half = place.ys[at], place.tall[at] / 2 + .8
+            y, half = place.ys[at], place.tall[at] / 2 + 0.8
             assert y - half <= low <= high <= y + half
         assert x < to
 
 
 def test_the_figure_says_what_the_frames_say():
-    splitting = made_of((2, 3), [(0, 0, 1, .9, .8, .95, .3, 400, 1e-9, 1e-6, True), (0, 1, 2, .5, .4, .6, .1, 50, .2, .4, False)],
-                        pd.DataFrame([{"level": 0, "evidence": "cosine", "null": "shuffled", "draws": 77, "q50": 0., "q95": .1, "q99": .2, "max": .3}]),
-                        [{"level": 0, "size": 3, "mean": 1.5, "low": 1.2, "high": 1.9, "n": 2}])
+    splitting = made_of(
+        (2, 3),
+        [(0, 0, 1, 0.9, 0.8, 0.95, 0.3, 400, 1e-9, 1e-6, True), (0, 1, 2, 0.5, 0.4, 0.6, 0.1, 50, 0.2, 0.4, False)],
+        pd.DataFrame(
+            [
+                {
+                    "level": 0,
+                    "evidence": "cosine",
+                    "null": "shuffled",
+                    "draws": 77,
+                    "q50": 0.0,
+                    "q95": 0.1,
+                    "q99": 0.2,
+                    "max": 0.3,
+                }
+            ]
+        ),
+        [{"level": 0, "size": 3, "mean": 1.5, "low": 1.2, "high": 1.9, "n": 2}],
+    )
     view = splitting_view(ladder(splitting), 0, 0)
     shown, wrong = read_html(view.to_html())
-    assert not wrong and "1 of 2 edges shown" in shown and "0.95 (0.92 to 0.97)" in shown and "77" in shown and "1.5" in shown
-    assert len(view.rows()) == 1 and view.rows()[0]["p_parent_given_child"] == .95
+    assert (
+        not wrong
+        and "1 of 2 edges shown" in shown
+        and "0.95 (0.92 to 0.97)" in shown
+        and "77" in shown
+        and "1.5" in shown
+    )
+    assert len(view.rows()) == 1 and view.rows()[0]["p_parent_given_child"] == 0.95
     alone = splitting_view(ladder(splitting), 1, 2)
     assert "no shown edge leads to or from it" in alone.to_html() and alone.rows() == []
 
 
 def test_a_big_ladder_stays_small_on_paper():
-    made = ladder(example_splitting((512, 4096, 16384), 5.0), tokens=[["a token\u200b of text"] * size for size in (512, 4096, 16384)])
+    made = ladder(
+        example_splitting((512, 4096, 16384), 5.0),
+        tokens=[["a token\u200b of text"] * size for size in (512, 4096, 16384)],
+    )
     assert made.edges["shown"].sum() > 18_000
     for level, latent in ((0, None), (1, 0), (2, 0)):
         assert len(splitting_view(made, level, latent).to_html().encode()) < 60_000
@@ -143,7 +202,7 @@ def test_a_big_ladder_stays_small_on_paper():
 def test_bad_input_is_refused():
     good = example_splitting()
     with pytest.raises(InputError, match="outside"):
-        ladder(made_of((2, 2), [(0, 0, 5, .1, .1, .1, .1, 1, .1, .1, True)]))
+        ladder(made_of((2, 2), [(0, 0, 5, 0.1, 0.1, 0.1, 0.1, 1, 0.1, 0.1, True)]))
     with pytest.raises(InputError, match="labels or numbers"):
         ladder(good, labels=[["a"], None, None])
     with pytest.raises(InputError, match="latent 99"):
@@ -170,7 +229,8 @@ def test_the_widget_follows_and_saves(tmp_path):
     assert widget.view.focus.latent == other and f"latent {other}" in widget.html
     widget.latent = 10**6  # of no dictionary: what was shown stays
     assert widget.view.focus.latent == other
-    with pytest.raises(InputError): widget.look(1, 10**6)
+    with pytest.raises(InputError):
+        widget.look(1, 10**6)
     widget.look(2, 3)
     assert (widget.level, widget.latent, widget.path[2]) == (2, 3, 3)
     assert "<script>alert" not in standalone(widget)
@@ -184,6 +244,7 @@ def test_find_is_what_people_type():
 
 def test_the_explorer_takes_a_real_result():
     from sae_lab.features.splitting import example_splitting as found
+
     result = found()
     widget = ExplorerWidget(ladder(result))
     assert widget.sizes == list(result.sizes) and check_view(widget.view)
