@@ -1,5 +1,6 @@
 "The latent browser and the prompt view in a real browser: frames, sorting, filters, keys, hostile text, Python and back."
 import math
+import os
 
 import numpy as np
 import pytest
@@ -64,17 +65,35 @@ SCROLL = """async () => {
 }"""
 
 
+STEP = """async (i) => {
+  const grid = document.querySelector(".sl-b-grid"), whole = grid.scrollHeight - grid.clientHeight;
+  grid.scrollTop = i < 30 ? grid.scrollTop + 120 + 40 * i : ((i * 7919) % 60) / 60 * whole;
+  await new Promise(requestAnimationFrame); await new Promise(requestAnimationFrame);
+}"""
+
+
 def test_scrolling_16384_latents_keeps_every_frame_under_100_ms(live):
     page = live(BrowserWidget(big()))
     worst, middle = [], []
-    for _ in range(8):  # the machine may have other work, the browser's own part is the best run
+    for _ in range(4):
         gaps = page.evaluate(SCROLL)
         worst.append(round(max(gaps), 1))
         middle.append(round(float(np.median(gaps)), 1))
         if worst[-1] < 100:
             break
-    print(f"worst frame of 150: {worst} ms, median {middle} ms")
-    assert min(worst) < 100, worst
+    meter, spent = page.context.new_cdp_session(page), []
+    meter.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def used(): return next(1000 * m["value"] for m in meter.send("Performance.getMetrics")["metrics"] if m["name"] == "TaskDuration")
+    for i in range(60):
+        before = used()
+        page.evaluate(STEP, i)
+        spent.append(used() - before)
+    load = os.getloadavg()[0] / os.cpu_count()
+    print(f"worst frame of 150: {worst} ms, median {middle} ms at a load of {load:.1f} a core; "
+          f"the page's own work a step: median {np.median(spent):.1f} ms, worst {max(spent):.1f} ms")
+    assert max(spent) < 100, spent  # processor time of the page, whatever else the machine does
+    assert min(worst) < 100 or load > 1, worst  # by the clock, where the machine has a core to spare
     assert page.locator(".sl-b-row").count() < 60 and page.errors == []
 
 
