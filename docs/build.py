@@ -1,9 +1,11 @@
-"Build the site in _docs from the notebooks: reference, tutorials, architecture. Needs no network."
+"Build the site in _docs from the notebooks: reference, course, gallery, benches, architecture. Needs no network."
+import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,6 +13,7 @@ OUT, SOURCE = ROOT / "_docs", ROOT / "_docs" / ".source"
 LAYERS = {"00_ground": "Ground", "01_coders": "Coders", "02_sources": "Sources", "03_splice": "Splice",
           "04_training": "Training", "05_features": "Features", "06_measures": "Measures", "09_views": "Views",
           "10_lab": "Lab"}
+OUTSIDE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)|<img[^>]*src=.https?:[^>]*>")  # pictures from a network: badges
 
 
 def page(notebook: Path, target: Path) -> None:
@@ -23,8 +26,11 @@ def page(notebook: Path, target: Path) -> None:
             continue
         if cell["cell_type"] == "code":
             text = re.sub(r"^#\|.*\n?", "", text, flags=re.M)
-        else:  # a displayed formula is a paragraph of its own
+            live = "application/vnd.jupyter.widget-view+json"  # its static HTML stands in the output before it
+            cell = {**cell, "outputs": [each for each in cell["outputs"] if live not in each.get("data", {})]}
+        else:  # a displayed formula is a paragraph of its own, a picture from outside its words
             text = re.sub(r"\s*\$\$(.+?)\$\$\s*", r"\n\n$$\n\1\n$$\n\n", text, flags=re.S)
+            text = OUTSIDE.sub(lambda found: found[1] or "picture", text)
         cells.append({**cell, "source": text})
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({**book, "cells": cells}))
@@ -63,6 +69,72 @@ def family(name: str) -> str:
     return name
 
 
+@contextmanager
+def browser():
+    "A headless Chromium, or None where there is none."
+    from sae_lab.views.figures import browser_path
+    if not browser_path() or not importlib.util.find_spec("playwright"):
+        yield None
+        return
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+def portrait(chromium, name: str) -> str:
+    "Lay out a widget as a page of its own and as two pictures of it; the HTML that shows them."
+    from sae_lab.views.widget import standalone, widgets
+    folder = SOURCE / "extra" / "gallery"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.html").write_text(standalone(widgets[name].meta["example"](), name), encoding="utf-8")
+    shown = f'<p><a href="gallery/{name}.html">Open it</a>: all but what takes a kernel works there.</p>'
+    for scheme in ("light", "dark") if chromium else ():
+        page = chromium.new_page(viewport={"width": 1100, "height": 700}, color_scheme=scheme, device_scale_factor=1.5)
+        page.goto((folder / f"{name}.html").as_uri())
+        page.locator("#still").wait_for(state="detached")
+        page.wait_for_timeout(300)
+        page.locator("#live").screenshot(path=folder / f"{name}-{scheme}.png")
+        page.close()
+        shown += f'<img class="only-{scheme}" alt="{name}" src="gallery/{name}-{scheme}.png" style="max-width:100%">'
+    return shown
+
+
+def gallery(name: str) -> str:
+    "Write the page that shows every view and a picture of every widget, from the registries; return its name."
+    from sae_lab.views.payload import views
+    from sae_lab.views.widget import widgets
+    lines = ["# Gallery", "", "Every widget and every view, drawn from made-up examples.", "", "## Widgets", ""]
+    raw = lambda html: ["```{raw} html", html.replace("\n", " "), "```", ""]
+    with browser() as chromium:
+        for each in widgets:
+            if each != "plain":
+                lines += [f"### {each}", "", f"{widgets[each].meta['idea']}.", "", *raw(portrait(chromium, each))]
+    lines += ["## Views", "", "Static HTML: what stays in a saved notebook, without a kernel and without scripts.", ""]
+    for each in views:
+        html = views[each].meta["example"]().to_html()
+        lines += [f"### {each}: a view", "", f"{views[each].meta['idea']}.", "", *raw(html)]
+    (SOURCE / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return name
+
+
+def check() -> str:
+    "Open every page of the site in a browser; what was seen. Ends the build if a page asks for anything outside."
+    asked, pages = set(), sorted(OUT.rglob("*.html"))
+    with browser() as chromium:
+        if not chromium:
+            return "no browser: requests were not checked"
+        page = chromium.new_page()
+        inside = ("file:", "data:", "blob:")
+        page.on("request", lambda r: None if r.url.startswith(inside) else asked.add((page.url, r.url)))
+        for path in pages:
+            page.goto(path.as_uri(), wait_until="load")
+    if asked:
+        raise SystemExit("\n".join(f"{where} asks for {what}" for where, what in sorted(asked)))
+    return f"{len(pages)} pages opened in a browser, none asks for anything outside"
+
+
 def about() -> list[str]:
     "Lay out the pages that are written as Markdown."
     pages = sorted((ROOT / "docs").rglob("*.md"))
@@ -83,15 +155,17 @@ def main() -> None:
         shutil.copy(ROOT / "docs" / name, SOURCE)
     layers = [section(f"{folder}/index", title, notebooks(folder)) for folder, title in LAYERS.items()]
     more = section("tutorials/coders/index", "The coder family", notebooks("tutorials/coders"))
-    parts = [section("tutorials/index", "Tutorials", [*notebooks("tutorials"), f"/{more}"]), family("coders"),
+    parts = [section("tutorials/index", "Tutorials", [*notebooks("tutorials"), f"/{more}"]), gallery("gallery"),
+             family("coders"),
              section("reference", "Reference", layers), section("about/index", "About", about())]
     readme = (ROOT / "README.md").read_text().replace("](docs/", "](about/")
     tree = ["", "```{toctree}", ":hidden:", "", *parts, "```", ""]
     (SOURCE / "index.md").write_text(readme + "\n".join(tree))
     subprocess.run([sys.executable, "-m", "sphinx", "-q", "-b", "html", str(SOURCE), str(OUT)], check=True, cwd=SOURCE)
+    shutil.copytree(SOURCE / "extra", OUT, dirs_exist_ok=True)  # pages and pictures of widgets
     shutil.rmtree(SOURCE)
     shutil.rmtree(ROOT / "jupyter_execute", ignore_errors=True)  # what myst-nb leaves beside the site
-    print(f"The site is at {OUT / 'index.html'}")
+    print(f"The site is at {OUT / 'index.html'}: {check()}")
 
 
 if __name__ == "__main__":
