@@ -255,6 +255,21 @@ def test_a_planted_latent_is_ranked_first():
         assert row.mcc > row.mcc_null and row.mcc_p < .05 and row.mcc_low <= row.mcc <= row.mcc_high
 
 
+def test_a_latent_for_a_part_of_speech(subject, data):
+    path = data / "labelled" / "ud_english_ewt" / "en_ewt-ud-dev.conllu"
+    if not path.is_file():
+        pytest.skip(f"no treebank at {path}; set SAE_LAB_DATA")
+    tokens, g = pack(named("conllu", path=path), subject, 12_000, 128), np.random.default_rng(3)
+    ids, seen = tokens.ids.numpy().astype(np.int32), ~tokens.special.numpy()
+    text = Text(ids, tokens.doc.numpy().astype(np.int32), seen, *token_lists(ids, seen), tokens.documents)
+    nouns = tokens.concept("upos").of("NOUN").numpy() & (g.random(ids.shape) < .7) | (g.random(ids.shape) < .01)
+    noise = [blobs(text, share, 2, g) for share in np.geomspace(.003, .4, 30)]
+    scores = concept_scores(an_index(text, [*noise, nouns]), labelled(text, tokens) + placed(text))
+    row = scores.best(30, 1).iloc[0]
+    assert row.concept == "upos: NOUN" and row.mcc > .7 > row.mcc_null and scores.latents("upos: NOUN").latent[0] == 30
+    assert {"deprel: nsubj", "upos: VERB", "place in document: 1"} <= set(scores.concepts.names)
+
+
 def test_random_latents_reach_no_more_than_chance():
     text, g = a_text(400), np.random.default_rng(1)
     truths = {f"c{i}": blobs(text, .05, 4, g) for i in range(40)}
