@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'Activations', 'read_splitting', 'Splitting', 'children_per_latent', 'example_splitting', 'heirs', 'hole',
            'absorbers', 'next_states', 'split']
 
-# %% ../../nbs/05_features/06_splitting.ipynb #968ec35e
+# %% ../../nbs/05_features/06_splitting.ipynb #d6288725
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -110,7 +110,7 @@ def children_per_latent(found: Splitting, # parents and children
                      "mean": float(count.mean()) if len(count) else np.nan, "low": low, "high": high, "n": len(count)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/05_features/06_splitting.ipynb #d5b84146
+# %% ../../nbs/05_features/06_splitting.ipynb #47683431
 def example_splitting() -> Splitting: # made by hand; three dictionaries of 4, 8 and 16 latents
     "A small splitting to draw."
     pairs = [(0, 0, 0, .81, .62, .97, .34), (0, 0, 1, .77, .58, .95, .31), (0, 0, 2, .66, .51, .91, .22),
@@ -122,8 +122,8 @@ def example_splitting() -> Splitting: # made by hand; three dictionaries of 4, 8
     edges = pd.concat([frame, near.assign(n_child=31, p=.04, q=.6, shown=False)], ignore_index=True)
     nulls = pd.DataFrame([{"level": level, "evidence": kind, "null": null, "draws": 20, "q50": 0.0, "q95": high,
                            "q99": 1.4 * high, "max": 2 * high} for level in (0, 1) for kind, null, high in
-                          (("cosine", "principal scores of the child's decoder shuffled", .21),
-                           ("correlation", "child's activations shifted along the text", .02),
+                          (("cosine", "coordinates of the child's decoder shuffled over its latents", .21),
+                           ("correlation", "activations shifted against each other along the text", .02),
                            ("given", "child's firing positions permuted", .09))])
     sizes, rows = (4, 8, 16), []
     named = {(1, 4): "absorbed", (1, 3): "kept", (2, 2): "kept", (2, 5): "kept"}
@@ -225,13 +225,14 @@ def _check(coders: Sequence, indexes: Sequence, fdr: float, least: float) -> Non
     widths = {_rows(coder).shape[1] for coder in coders}
     if len(widths) > 1: raise ShapeError(f"decoders of width {sorted(widths)}", "one width", "compare at one hook")
 
-# %% ../../nbs/05_features/06_splitting.ipynb #bed8fd11
+# %% ../../nbs/05_features/06_splitting.ipynb #ae28c505
 def split(coders: Mapping[str, AbstractCoder | Tensor] | Sequence[AbstractCoder | Tensor], # or decoder rows; the smallest first
           indexes: Sequence[Activations],     # of each: an index, or activations [tokens, d_sae], all over the same tokens
           fdr: float = .05,             # largest expected share of false edges among those shown
           least: float = .5,            # (P(parent | child) - P(parent)) / (1 - P(parent)) below which no edge is tested
           count: int = 10,              # tokens on which a latent must fire to be judged
           same: float = .9,             # cosine from which a child has its parent's direction
+          principal: bool = False,      # the stricter null of the cosine, see `shuffled`
           draws: int | None = None,     # of the nulls; None: as many as the number of pairs needs
           seed: int = 0,                # of the nulls
           progress: Callable[[int, int], object] | None = None, # told levels done and levels in all
@@ -242,7 +243,7 @@ def split(coders: Mapping[str, AbstractCoder | Tensor] | Sequence[AbstractCoder 
     rng, found, nulls, tests, tokens = np.random.default_rng(seed), [], [], [], 0
     for level, (one, other) in enumerate(pairwise(zip(rows, indexes))):
         a, b = (Side.of(_rows(coder), _codes(index), count) for coder, index in (one, other))
-        edges, facts, tested = judged(a, b, least, draws, rng)
+        edges, facts, tested = judged(a, b, least, draws, rng, principal)
         found.append(edges.assign(level=level))
         nulls += [{"level": level, **each} for each in facts]
         tests.append(tested)
@@ -251,7 +252,7 @@ def split(coders: Mapping[str, AbstractCoder | Tensor] | Sequence[AbstractCoder 
     edges["q"] = q_values(edges.p.to_numpy(), sum(tests))
     edges["shown"] = edges.q <= fdr
     sizes = tuple(len(_rows(coder)) for coder in rows)
-    rules = {"least": least, "count": count, "same": same, "draws": draws, "seed": seed, "tests": tests,
+    rules = {"least": least, "count": count, "same": same, "principal": principal, "draws": draws, "seed": seed, "tests": tests,
              "tokens": _codes(indexes[0]).shape[0]}
     states = _states(edges, rows, indexes, fdr, rules)
     return Splitting(_named(coders), sizes, edges[[*COLUMNS]], pd.DataFrame(nulls), fdr, states, rules)
