@@ -1,5 +1,5 @@
 // A text and the latents that fire on it. Everything but another text and further effects is answered here.
-const NS = "http://www.w3.org/2000/svg", CELL = 16, SIDE = 170, TOP = 78, MARK = { activation: "activation", quantile: "quantile", effect: "effect on next token", total: "effect on all later" };
+const NS = "http://www.w3.org/2000/svg", CELL = 16, SIDE = 170, TOP = 78, FEW = 30, MARK = { activation: "activation", quantile: "quantile", effect: "effect on next token", total: "effect on all later" };
 const ABOUT = { activation: "how strongly it fires, model units", quantile: "share of its own activations in the index that are weaker or equal",
   effect: "change of the next token's loss without it, nats; positive: it helps", total: "change of the summed loss of all later tokens without it, nats" };
 
@@ -69,7 +69,7 @@ function render({ model, el }) {
     columns = facts.tokens.map((_, i) => i).filter((i) => get("begin") || !facts.special[i]);
     rows = peaks(order, get("lines"), chosen());
     title.textContent = facts.title;
-    about.textContent = `${facts.note}. Colour: ${ABOUT[metric]}; the deepest shade is ${short(full)}${metric === "effect" || metric === "total" ? "; a dot: it fires, its effect was not computed" : ""}.`;
+    about.textContent = `${facts.note}. Colour: ${ABOUT[metric]}; the deepest shade is ${short(full)}${metric === "effect" || metric === "total" ? "; a dot: it fires, its effect was not computed" : ""}. Quantiles that rest on fewer than ${FEW} activations are in italics.`;
     for (const input of radios) input.checked = input.value === metric;
     slider.value = Math.log10(get("most"));
     sliderSays.textContent = get("most") >= 1 ? "any" : short(get("most"), 2);
@@ -242,6 +242,8 @@ function render({ model, el }) {
     if (!here) put(chips(facts.tokens[e.at]), "sl-p-words");
     coloured(e.activation, "activation", short(e.activation));
     coloured(e.quantile, "quantile", Number.isNaN(e.quantile) ? "–" : short(e.quantile));
+    tr.lastChild.title = `of ${facts.counts[e.which].toLocaleString("en-US")} activations in the index`;
+    tr.lastChild.classList.toggle("sl-p-few", facts.counts[e.which] < FEW);
     coloured(e.effect, "effect", Number.isNaN(e.effect) ? "–" : signed(e.effect));
     coloured(e.total, "total", Number.isNaN(e.total) ? "–" : signed(e.total));
     put(short(facts.density[e.which], 2));

@@ -70,7 +70,7 @@ def share(column: Column,   # of numbers
     span = math.log(high / low) if high > low else 1.0
     return 0.04 + 0.96 * max(0.0, min(1.0, math.log(value / low) / span if high > low else 1.0))
 
-# %% ../../nbs/09_views/22_browser.ipynb #bc2b32f8
+# %% ../../nbs/09_views/22_browser.ipynb #f79fc176
 def _example() -> "LatentTable":
     words = ("fox", "crow", "river", "said", "the", "winter", "</script>", "\n")
     n, rng = 300, np.random.default_rng(0)
@@ -96,7 +96,7 @@ class LatentTable(AbstractPayload):
     note: str = ""                 # hook, corpus, tokens
     sort: str = ""                 # column whose largest come first; "": by number
     shown: int = 50                # rows of the static HTML
-    budget: int = 55_000           # bytes of the static HTML, kept by showing fewer rows
+    budget: int = 57_000           # bytes of the static HTML, kept by showing fewer rows
 
     def __post_init__(self): _check(self)
     def to_html(self) -> str: return _table_html(self)
@@ -125,7 +125,7 @@ def ordered(table: LatentTable, # any table
     some = [i for i in rows if known(values[i])]
     return sorted(some, key=values.__getitem__, reverse=True) + [i for i in rows if not known(values[i])]
 
-# %% ../../nbs/09_views/22_browser.ipynb #3f3e9d43
+# %% ../../nbs/09_views/22_browser.ipynb #b0e2c732
 def chips(cell: Any,       # tokens joined by `SEP`
           ) -> str:        # HTML
     "Tokens, each in its frame."
@@ -142,15 +142,15 @@ def outline(cell: Any,          # a sparkline
     for i, character in enumerate(cell):
         tall = round(height * max(0, BLOCKS.find(character)) / 8)
         if tall: parts.append(f"M{i * step:g} {height}v-{tall}h{step - 1:g}v{tall}z")
-    return f'<svg width="{width}" height="{height}"><path d="{"".join(parts)}" fill="#e70"/></svg>'
+    return f'<svg width="{width}" height="{height}" style="display:block"><path d="{"".join(parts)}" fill="#e70"/></svg>'
 
-# %% ../../nbs/09_views/22_browser.ipynb #cca17bc9
+# %% ../../nbs/09_views/22_browser.ipynb #84948694
 def _cell(column: Column, value: Any) -> str:
     if column.kind == "tokens": return f"<td>{chips(value)}</td>"
     if column.kind == "shape": return f"<td>{outline(value)}</td>"
     if column.kind == "text": return f"<td>{caption(value, 40) if known(value) else '–'}</td>"
     part = share(column, value)
-    grey = f' style="background:linear-gradient(90deg,#8883 {part:.0%},#0000 0)"' if part else ""
+    grey = f' style="background:linear-gradient(90deg,#8884 {part:.0%},#0000 0) content-box"' if part else ""
     return f'<td align="right"{grey}>{number(value) if known(value) else "–"}</td>'
 
 def _row(table: LatentTable, i: int) -> str:
