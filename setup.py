@@ -23,7 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     packages=[*find_packages(include=[name, f"{name}.*"]), *carried, *folders],
     package_dir={**carried, **folders},
-    package_data={name: ["static/*", "data/**/*"], f"{name}.nbs": ["**/*.ipynb"], f"{name}.tests": ["**/*.py"]},
+    package_data={name: ["static/*", "data/**/*"], f"{name}.nbs": ["**/*.ipynb"], f"{name}.tests": ["**/*.py", "**/*.js"]},
     zip_safe=False, python_requires=">=" + facts["min_python"],
     install_requires=facts["requirements"].split(), extras_require=extras,
     classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Science/Research",

@@ -60,7 +60,7 @@ def reply(answers: Mapping[str, Callable], # functions by name
 # %% ../../nbs/09_views/20_widget.ipynb #43640f25
 widgets = Registry("widget", "sae_lab.views")
 
-# %% ../../nbs/09_views/20_widget.ipynb #22cf6dcc
+# %% ../../nbs/09_views/20_widget.ipynb #a4500f4e
 @widgets.add("plain", idea="any view, as it is",
              example=lambda: AbstractWidget(TokenStrip(("The", " fox", " sat", "."), (0.0, 2.0, 0.5, 0.0))))
 class AbstractWidget(anywidget.AnyWidget):
@@ -75,6 +75,7 @@ class AbstractWidget(anywidget.AnyWidget):
                  **traits: Any):                                 # of the subclass
         super().__init__(html=self.drawn(view), **traits)
         self.view, self.answers = view, dict(answers or {})
+        self.provenance: dict = {}  # where the numbers are from, told by whoever makes the widget
         self.on_msg(lambda _, content, buffers: self.send(reply(self.answers, content)))
 
     def drawn(self, view: AbstractPayload) -> str: # view: what is shown
@@ -87,11 +88,11 @@ class AbstractWidget(anywidget.AnyWidget):
 
     def save_figures(self, stem: str, **options: Any) -> SavedFigures: # stem, options: as in `save_figures`
         "Write what is shown as PDF, SVG, PNG, HTML, CSV and JSON."
-        return save_figures(self.view, stem, **options)
+        return save_figures(self.view, stem, **({"provenance": self.provenance} | options))
 
     def _ipython_display_(self) -> None: put(self, [self.view])
 
-# %% ../../nbs/09_views/20_widget.ipynb #cfe6ffe4
+# %% ../../nbs/09_views/20_widget.ipynb #0f327046
 def put(widget: ipywidgets.DOMWidget,  # alive
         views: list[AbstractPayload],  # what stands for it when it is not
         ) -> None:
@@ -116,6 +117,11 @@ class Board(ipywidgets.Box):
         "What our widgets in it show."
         found = [getattr(each, "views", [getattr(each, "view", None)]) for each in self.children]
         return [view for views in found for view in views if view is not None]
+
+    def save_figures(self, stem: str, **options: Any) -> SavedFigures: # stem, options: as in `save_figures`
+        "Write what is shown on the board, numbered; provenance is that of the widgets unless given."
+        known = [each.provenance for each in self.children if getattr(each, "provenance", None)]
+        return save_figures(self, stem, **({"provenance": {"widgets": known} if known else None} | options))
 
     def _ipython_display_(self) -> None: put(self, self.views)
 

@@ -110,9 +110,15 @@ def test_widgets_are_saved_and_drawn_again(tmp_path, name):
     assert again.to_html() == widget.view.to_html() and len(saved[name]) == 3
 
 
-def test_a_board_is_saved_whole(tmp_path):
-    board = Board([AbstractWidget(CARD), AbstractWidget(HISTOGRAM)])
+def test_a_board_is_saved_whole_with_its_provenance(tmp_path):
+    card = AbstractWidget(CARD)
+    card.provenance = {"coder": "ab12", "seed": 3}
+    board = Board([card, AbstractWidget(HISTOGRAM)])
     assert sorted(save_figures({"both": board}, tmp_path / "b", images=()).paths) == ["both-1", "both-2"]
+    board.save_figures(tmp_path / "c", images=())
+    card.save_figures(tmp_path / "d", images=())
+    provenance = [json.loads((tmp_path / f"{name}.json").read_text())["provenance"] for name in ("c-2", "d")]
+    assert provenance == [{"widgets": [card.provenance]}, card.provenance]
 
 
 def test_files_that_hold_no_figure_are_refused(tmp_path):
