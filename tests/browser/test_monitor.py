@@ -21,7 +21,8 @@ subject = Subject.bundled()
 text = named("fables").split("explain").tokens(subject, 16_000)
 hook = "blocks.1.hook_resid_post"
 source = Stream(subject, text, hook, batch=256, epochs=200)
-two = {"topk": make("topk", d_in=subject.hooks[hook], d_sae=256, k=16), "relu": make("relu_l1", d_in=subject.hooks[hook], d_sae=256)}
+width = subject.hooks[hook]
+two = {"topk": make("topk", d_in=width, d_sae=256, k=16), "relu": make("relu_l1", d_in=width, d_sae=256)}
 work = Background(two, source, metrics_every=2)
 widget = monitor(work, subject, text, few=1_000, every=.5, title="two coders")
 widget
@@ -54,7 +55,7 @@ def opened(new_page, tmp_path):
 
 
 def test_a_training_is_watched_and_steered(new_book):
-    "Curves move, the kernel is free, buttons and boxes reach the training, a card opens before it is done; all of it ends."
+    "Curves move, the kernel is free, buttons and boxes reach the training, a card opens meanwhile; all of it ends."
     book = new_book().open("monitor.ipynb", SETUP, ASK, CLOSE, AGAIN).run(120)
     page, live = book.page, book.cell(0).locator(".sl-mon")
     again = lambda i: (book.cell(i).locator(".cm-content").click(), book.command("notebook:run-cell"))
@@ -76,8 +77,8 @@ def test_a_training_is_watched_and_steered(new_book):
     again(1)
     book.cell(1).get_by_text("kernel paused [('relu', 'l1', 0.25)]").wait_for()
 
-    live.get_by_label("latent").fill("7")
-    live.get_by_label("latent").press("Enter")
+    live.get_by_label("latent", exact=True).fill("7")
+    live.get_by_label("latent", exact=True).press("Enter")
     again(1)  # the kernel answers while the card is made
     live.locator(".sl-mon-card").get_by_text("latent 7").wait_for(timeout=120_000)
     live.locator(".sl-mon-card").get_by_text("relu after").wait_for()
@@ -93,16 +94,16 @@ def test_a_training_is_watched_and_steered(new_book):
     once = book.cell(3).locator(".sl-mon")
     once.get_by_text("running").wait_for(timeout=30_000)
     book.restart()
-    book.cell(3).locator(".sl-still").first.wait_for()
-    assert "tokens" in book.cell(3).locator(".jp-OutputArea").inner_text()
+    assert "tokens" in book.cell(3).locator(".jp-OutputArea").inner_text(), "what was last seen stays"
     assert page.outside == [] and page.errors == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_mouse_and_keys(opened, scheme):
-    "The mouse and the slider show an earlier time, Escape the present; questions without a kernel are refused in words."
+    "The mouse and the slider show an earlier time, Escape the present; without a kernel questions are refused."
     page = opened(standalone(_live_example()), color_scheme=scheme)
-    chart, bars = page.locator(".sl-mon-body svg[role=img]").first, page.locator('.sl-mon-body path[fill-opacity=".8"]').first
+    chart = page.locator(".sl-mon-body svg[role=img]").first
+    bars = page.locator('.sl-mon-body path[fill-opacity=".8"]').first
     now, box = bars.get_attribute("d"), chart.bounding_box()
     page.mouse.move(box["x"] + 80, box["y"] + 60)
     page.locator(".sl-note", has_text="topk-512").wait_for()
@@ -129,7 +130,8 @@ def test_circuitsvis_alone(opened):
     "Two views over one bundle from a file, hostile tokens as text, nothing asked for."
     bad = ("</script><script>window.hit=1</script>", "<img src=x onerror=window.hit=1>", "&lt;b&gt;", "\n")
     eye = tuple(tuple(float(i == j) for j in range(4)) for i in range(4))
-    page = opened(circuits_page([AttentionView(bad, (eye, eye), bad[:2], bad[0]), NeuronsView(bad, tuple(((1.0,),) for _ in bad), bad[:1], bad[1:2])]))
+    neurons = NeuronsView(bad, tuple(((1.0,),) for _ in bad), bad[:1], bad[1:2])
+    page = opened(circuits_page([AttentionView(bad, (eye, eye), bad[:2], bad[0]), neurons]))
     page.get_by_text("Head Selector").wait_for()
     page.get_by_text("onerror").last.wait_for()
     shown = page.locator(".colored-tokens").inner_text().replace("\u2060", "").replace("\xa0", " ")
@@ -144,7 +146,8 @@ def test_circuitsvis_on_a_kernel(new_book):
              "subject, asked = Subject.bundled(), []\ndef show(w):\n    give = w.answers['bundle']\n"
              "    w.answers['bundle'] = lambda: (asked.append(1), give())[1]\n    return w\n"
              "w = show(attention(subject, 'The fox saw the crow.'))\nw",
-             "show(neurons(subject, 'The fox saw the crow.', layer=1))", "show(attention(subject, 'fox'))", "print('asked', len(asked))"]
+             "show(neurons(subject, 'The fox saw the crow.', layer=1))", "show(attention(subject, 'fox'))",
+             "print('asked', len(asked))"]
     book = new_book().open("circuits.ipynb", *cells).run()
     for i in (0, 2): book.cell(i).get_by_text("Head Selector").wait_for(timeout=30_000)
     book.cell(1).get_by_text("Neuron").first.wait_for()

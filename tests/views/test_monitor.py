@@ -49,9 +49,11 @@ def long_run(steps=4_000, coders=4):
     "Steps of a long run of several coders, as a log holds them."
     dice = np.random.default_rng(0)
     for i in range(1, steps + 1):
-        losses = {f"coder {j}": {"loss": 1 / i + dice.random(), "fvu": .2, "l0": 30 + j, "dead": 0.0, "lr": 1e-3} for j in range(coders)}
+        losses = {f"coder {j}": {"loss": 1 / i + dice.random(), "fvu": .2, "l0": 30 + j, "dead": 0.0, "lr": 1e-3}
+                  for j in range(coders)}
         counts = {name: dice.integers(0, 99, 29).tolist() for name in losses}
-        yield {"tokens": 2048 * i, "losses": losses, "density": counts, "activation": {n: dice.integers(0, 9**5, 56).tolist() for n in losses}}
+        activation = {name: dice.integers(0, 9**5, 56).tolist() for name in losses}
+        yield {"tokens": 2048 * i, "losses": losses, "density": counts, "activation": activation}
 
 
 def test_a_long_run_stays_small_and_quick():
@@ -70,8 +72,8 @@ def test_a_long_run_stays_small_and_quick():
 def test_names_that_bite(name):
     "They are text, in HTML as elsewhere."
     losses = {name: {"loss": math.nan, "l0": math.inf, "dead": 0.5, name: 1.0}}
-    view = monitor_view([{"tokens": 3, "losses": losses, "density": {name: [1] * 29}, "activation": {name: [0] * 56}}], EDGES, title=name,
-                        status="failed", notes=(name,), goal=9)
+    step = {"tokens": 3, "losses": losses, "density": {name: [1] * 29}, "activation": {name: [0] * 56}}
+    view = monitor_view([step], EDGES, title=name, status="failed", notes=(name,), goal=9)
     check_view(view)
     assert "<img" not in view.to_html() and "\ud83d" not in view.to_html()
     assert MonitorWidget(view, controls={"status": name}).facts["times"] == 1
@@ -127,7 +129,7 @@ def test_buttons():
 
 
 def test_closing_ends_all_of_it(tmp_path):
-    "The training stops with a checkpoint, threads end, a second close does nothing; with ends=False the training goes on."
+    "The training stops with a checkpoint, threads end, a second close does nothing; with ends=False it goes on."
     work = Background(two(), source(batch=5), folder=tmp_path, metrics_every=1)
     widget = monitor(work, every=0.05)
     while work.run.step < 3: time.sleep(.01)
