@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Parts', 'KINDS', 'pruned', 'assign', 'assign_few', 'likeness', 'moved', 'Matching', 'match', 'Shared', 'shared']
 
-# %% ../../nbs/05_features/05_matching.ipynb #b9cd62b1
+# %% ../../nbs/05_features/05_matching.ipynb #58fbcca0
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from .neighbours import cosines
 from .products import blocks, by_token, correlation
 from ..ground.errors import InputError, ShapeError, unknown
 from ..ground.html import table
-from ..ground.sums import Measure, bootstrap_mean
+from ..ground.sums import Measure, bootstrap_mean, wilson
 
 # %% ../../nbs/05_features/05_matching.ipynb #55508640
 Parts = Iterable[tuple[int, np.ndarray]]  # first latent of A, likeness to every latent of B
@@ -113,7 +113,7 @@ def _null_parts(a:Any, b:Any, by:str, block:int, seed:int)->Iterator[tuple[int, 
     rows = _directions(a, by)
     return _cosine_parts(rows, unit_rows(b.d_sae, rows.shape[1], _BLIND + seed), block)
 
-# %% ../../nbs/05_features/05_matching.ipynb #5d7fd642
+# %% ../../nbs/05_features/05_matching.ipynb #6d297a51
 @dataclass(frozen=True, eq=False)
 class Matching:
     "Latents of two dictionaries, one to one."
@@ -138,7 +138,7 @@ class Matching:
                  "high": self.likeness.high, "null": self.likeness.null}
         return table([facts], caption=f"{self.d_a:,} latents matched with {self.d_b:,}: {self.told}")
 
-
+# %% ../../nbs/05_features/05_matching.ipynb #1b0d08f1
 def _solved(parts:Parts, pairs:int, floor:float, keep:int, exact:int)->tuple[pd.DataFrame, int, int, float|None]:
     "Pairs with their likeness; pairs that entered; pairs dropped; the floor, None where all entered."
     if pairs <= exact:
@@ -170,7 +170,7 @@ def match(a:AbstractCoder|FeatureIndex, # a coder, or an index for correlations
     measure = Measure(f"matched by {by}", mean, low, high, unit, "neither", len(found), null=blind)
     return Matching(by, a.d_sae, b.d_sae, found, measure, kept, dropped, cut)
 
-# %% ../../nbs/05_features/05_matching.ipynb #67d547fb
+# %% ../../nbs/05_features/05_matching.ipynb #83044e65
 @dataclass(frozen=True, eq=False)
 class Shared:
     "Which latents two dictionaries share."
@@ -189,7 +189,7 @@ def _agreed(decoder:pd.DataFrame, encoder:pd.DataFrame, cosine:float)->pd.DataFr
 def shared(a:AbstractCoder,    # a dictionary
            b:AbstractCoder,    # another
            cosine:float=.7,    # above which a pair counts
-           seed:int=0,         # of the null's directions and of the interval
+           seed:int=0,         # of the null's directions
            **limits:float|int, # `floor`, `keep`, `exact` of `match`
 )->Shared:                     # the pairs and their share
     "Count the latents that two dictionaries share, by decoder and encoder alike."
@@ -197,11 +197,10 @@ def shared(a:AbstractCoder,    # a dictionary
         raise ShapeError(f"dictionaries of width {a.d_in} and {b.d_in}", "one width", "compare at one hook")
     pairs = _agreed(*(match(a, b, by, null=False, seed=seed, **limits).pairs for by in ("decoder", "encoder")), cosine)
     size = min(a.d_sae, b.d_sae)
-    each = np.zeros(size)
-    each[:int(pairs["shared"].sum())] = 1
-    low, high = bootstrap_mean(each, seed)
+    count = int(pairs["shared"].sum())
+    low, high = wilson(count, size)
     settings = {"floor": .3, "keep": 64, "exact": 2**24, **limits}
     blind = _agreed(*(_solved(_null_parts(a, b, by, 256, seed), a.d_sae * b.d_sae, **settings)[0]
                       for by in ("decoder", "encoder")), cosine)
-    return Shared(Measure("shared latents", float(each.mean()), low, high, "share", "neither", size,
+    return Shared(Measure("shared latents", count / size, low, high, "share", "neither", size,
                           null=float(blind["shared"].sum() / size)), pairs)
