@@ -4,7 +4,7 @@ const KINDS = [["cosine", "cosine"], ["correlation", "correlation"], ["given", "
 const COLUMNS = ["level", "parent", "child", "cosine", "correlation", "given", "reverse", "n_child", "p", "q", "shown", "strength"];
 const ROW = 19, MOST = 28, TOP = 40;
 const clip = (v) => (Number.isFinite(v) ? Math.min(Math.max(v, 0), 1) : 0);
-const hue = (branch) => (branch < 0 ? "currentColor" : HUES[branch % HUES.length]);
+const hue = (branch) => (branch === -2 ? GREY : branch < 0 ? "currentColor" : HUES[branch % HUES.length]);
 
 /** An SVG element with attributes and children. */
 function draw(tag, facts = {}, ...children) {
@@ -120,13 +120,24 @@ function familyOf(data, pass, focus, most = MOST) {
         kids: each.kin.get(id) ?? [], hidden: each.hidden.get(id) ?? 0 });
     }
   }
+  const parent = (sides[0].kin.get(focus) ?? []).length ? undefined : (sides[1].kin.get(focus) ?? [])[0];
+  let beside = null;  // the parent whose other children stand beneath a focus without descendants
+  if (parent !== undefined) {
+    const all = [...data.down(parent)].filter((e) => pass[e]), at = members.get(focus);
+    all.slice(0, most).filter((e) => data.to[e] !== focus).forEach((e, i) => {
+      members.set(data.to[e], { id: data.to[e], level: at.level, row: at.row + i + 1, branch: -2, down: false, kids: [], hidden: 0 });
+      tree.set(e, { far: data.to[e], down: false });
+      beside = parent;
+    });
+    members.get(parent).hidden += Math.max(all.length - most, 0);
+  }
   const least = Math.min(...[...members.values()].map((m) => m.row)) - .5;
   for (const m of members.values()) m.row -= least;
   const edges = [];
   for (const id of members.keys()) for (const e of data.down(id)) if (pass[e] && members.has(data.to[e])) edges.push(e);
   const branchOf = (e) => (tree.has(e) ? members.get(tree.get(e).far).branch : null);
   const parentIn = new Map([...tree].map(([e, { far }]) => [far, e]));
-  return { focus, members, edges, tree, branchOf, parentIn, up: sides[1].kin };
+  return { focus, members, edges, tree, branchOf, parentIn, up: sides[1].kin, beside };
 }
 
 /** Both ends of every ribbon; shares that add up to more than their bar are squeezed into it. */
@@ -436,6 +447,7 @@ function render({ model, el }) {
     const ys = new Map([...fam.members.values()].map((m) => [m.id, TOP + ROW * m.row])), tall = new Map();
     for (const m of fam.members.values()) {
       const own = [...m.kids, ...(m.id === fam.focus ? fam.up.get(m.id) ?? [] : [])];
+      if (m.id === fam.beside) own.splice(0, own.length, ...[...fam.members.values()].filter((k) => k.level === m.level + 1).map((k) => k.id));
       const span = (list) => (list.length ? Math.max(...list.map((k) => ys.get(k))) - Math.min(...list.map((k) => ys.get(k))) : 0);
       tall.set(m.id, Math.max(13, .7 * (m.id === fam.focus ? Math.max(span(m.kids), span(fam.up.get(m.id) ?? [])) : span(own))));
     }
@@ -445,6 +457,7 @@ function render({ model, el }) {
   }
   function outer() {  // edges with a row of their own, as in the printed picture
     const down = fam.edges.filter((e) => fam.tree.get(e)?.down), inner = new Set(down.map((e) => data.from[e]));
+    if (fam.beside !== null) return fam.edges.filter((e) => data.from[e] === fam.beside && fam.tree.has(e)).map((e) => [e, fam.members.get(data.to[e])]);
     if (!down.length) return fam.edges.filter((e) => data.to[e] === fam.focus).map((e) => [e, fam.members.get(data.from[e])]);
     return down.filter((e) => !inner.has(data.to[e])).map((e) => [e, fam.members.get(data.to[e])]);
   }

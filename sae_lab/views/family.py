@@ -43,14 +43,14 @@ class Mean:
     high: Number      # upper end
     n: int            # latents of the parents' dictionary
 
-# %% ../../nbs/09_views/24_family.ipynb #8d4e236c
+# %% ../../nbs/09_views/24_family.ipynb #70dcde69
 @dataclass(frozen=True)
 class Member:
     "One latent of a family and its place."
     level: int             # number of its dictionary
     latent: int            # its number there
     row: Number            # centre, in rows from the top
-    branch: int = -1       # which branch of the focus it belongs to; -1: the focus
+    branch: int = -1       # which branch of the focus it belongs to; -1: the focus; -2: a sibling of it
     label: str = ""        # what it is called
     tokens: str = ""       # its top tokens
     density: Number = -1   # share of tokens on which it fires; -1: not known
@@ -275,7 +275,7 @@ def _rows(kin: dict, hidden: dict, focus: tuple[int, int]) -> dict[tuple[int, in
     place(focus, 0.0)
     return rows
 
-# %% ../../nbs/09_views/24_family.ipynb #4e4f63ea
+# %% ../../nbs/09_views/24_family.ipynb #a199325f
 def _branches(kin: dict, focus: tuple[int, int]) -> dict[tuple[int, int], int]:
     "The branch of each member of a tree: the number of the first relative on its way."
     found = {focus: -1}
@@ -309,7 +309,13 @@ def _between(made: Ladder, members: list[Member], tree: set) -> tuple[Edge, ...]
                               float(edges["q"][i]), ((level, parent), (level + 1, child)) in tree))
     return tuple(found)
 
-# %% ../../nbs/09_views/24_family.ipynb #2a133bca
+def _siblings(made: Ladder, focus: tuple[int, int], parent: int, row: Number, most: int, places: list) -> tuple[dict, int]:
+    "Other children of a parent, in rows beneath the focus, and how many are left out."
+    kept, left = _column(made, focus[0] - 1, [parent], True, most)
+    others = [(focus[0], each) for each in kept[parent] if each != focus[1]]
+    return {at: _member(made, at, places, row=row + i, branch=-2) for i, at in enumerate(others, 1)}, left[parent]
+
+# %% ../../nbs/09_views/24_family.ipynb #de1d3b53
 def family(made: Ladder,          # a ladder
            level: int,            # number of a dictionary
            latent: int,           # one of its latents
@@ -330,6 +336,11 @@ def family(made: Ladder,          # a ladder
         for at, row in own.items():
             members.setdefault(at, _member(made, at, places, row=row + shift, branch=branches[at],
                                            hidden=hidden.get(at, 0)))
+    if not sides[0][0].get(focus) and sides[1][0].get(focus):
+        parent = sides[1][0][focus][0]
+        beside, left = _siblings(made, focus, parent[1], members[focus].row, most, places)
+        tree |= {(parent, each) for each in beside}
+        members |= beside | {parent: replace(members[parent], hidden=members[parent].hidden + left)}
     found = sorted(members.values(), key=lambda each: ((each.level, each.latent) != focus, each.level, each.row))
     least = min(each.row for each in found) - 0.5
     found = [replace(each, row=each.row - least) for each in found]

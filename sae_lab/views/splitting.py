@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HUES', 'GREY', 'ROW', 'TITLES', 'HOW', 'SplittingView', 'splitting_view', 'hue', 'ribbon', 'short', 'share', 'forest',
-           'Stage', 'stage', 'ports', 'outer', 'null_of', 'name_of', 'flow', 'growth', 'share_or', 'walk',
-           'evidence_rows', 'summary']
+           'parent_beside', 'Stage', 'stage', 'ports', 'outer', 'null_of', 'name_of', 'flow', 'growth', 'share_or',
+           'walk', 'evidence_rows', 'summary']
 
 # %% ../../nbs/09_views/245_splitting.ipynb #d0032ca6
 import math
@@ -63,14 +63,15 @@ def splitting_view(made: Ladder,          # from `views.family.ladder`
                          tuple(int((main >= 0).sum()) for main in mains), made.nulls, made.means, made.fdr,
                          int(shown.sum()), len(shown), title)
 
-# %% ../../nbs/09_views/245_splitting.ipynb #be4e851b
+# %% ../../nbs/09_views/245_splitting.ipynb #484665d0
 HUES = tuple(each for each in SERIES if each != "#8c8c8c")  # of branches, in turn
 GREY = "#8c8c8c"                                            # of an edge to another parent
 ROW = 19                                                    # pixels a row
 
-def hue(branch: int, # number of a branch; -1: the focus
+def hue(branch: int, # number of a branch; -1: the focus; -2: a sibling of it
         ) -> str:    # a colour
     "The colour of a branch."
+    if branch == -2: return GREY
     return "currentColor" if branch < 0 else HUES[branch % len(HUES)]
 
 def ribbon(start: tuple[Number, Number, Number],  # x, upper and lower y of the left end
@@ -120,7 +121,7 @@ def _depth(view: SplittingView, level: int, place: Number, height: int, end: boo
     room = height - 50 - gap
     return round(22 + room * place / size + (gap if place > tied or (place == tied and not end) else 0), 1)
 
-# %% ../../nbs/09_views/245_splitting.ipynb #c73a9082
+# %% ../../nbs/09_views/245_splitting.ipynb #10b1bd33
 def _pillar(view: SplittingView, level: int, x: Number, height: int) -> str:
     "The column of a dictionary with its counts."
     size, tied = view.sizes[level], view.attached[level] if level < len(view.attached) else 0
@@ -153,11 +154,18 @@ def _threads(view: SplittingView, x, height: int) -> str:
 
 def _edge_hue(view: SplittingView, edge: Edge, place: dict) -> str:
     "The colour of an edge: that of its branch, or grey for another parent."
-    if not edge.main: return GREY
+    if not edge.main or place[edge.level + 1, edge.child].branch == -2: return GREY
     far = (edge.level + 1, edge.child) if edge.level >= view.focus.level else (edge.level, edge.parent)
     return hue(place[far].branch)
 
-# %% ../../nbs/09_views/245_splitting.ipynb #8bdf191c
+# %% ../../nbs/09_views/245_splitting.ipynb #ccc27871
+def parent_beside(view: SplittingView, # what is shown
+                  ) -> tuple[int, int] | None: # None: no siblings are drawn
+    "The parent of the siblings of the focus."
+    beside = {(each.level, each.latent) for each in view.members if each.branch == -2}
+    return next(((edge.level, edge.parent) for edge in view.edges
+                 if edge.main and (edge.level + 1, edge.child) in beside), None)
+
 @dataclass(frozen=True)
 class Stage:
     "Where things stand in the flow, pixels."
@@ -178,12 +186,13 @@ def stage(view: SplittingView,  # what is shown
     end = width - 3 * (wide + 14) - 155
     xs = tuple(8 + (end - 8) * i / max(levels - 1, 1) for i in range(levels))
     ys = {(each.level, each.latent): 40 + ROW * float(each.row) for each in view.members}
-    spans: dict = {each: [] for each in ys}
+    spans, beside = {each: [] for each in ys}, parent_beside(view)
     for edge in view.edges:
         a, b = (edge.level, edge.parent), (edge.level + 1, edge.child)
         if edge.main and b in ys and a in ys:
             own, other = (a, b) if edge.level >= view.focus.level else (b, a)
             spans[own].append(ys[other])
+    if beside: spans[beside] = [ys[at] for at in ys if at[0] == view.focus.level]
     tall = {each: max(13.0, 0.7 * (max(own) - min(own)) if own else 0.0) for each, own in spans.items()}
     height = 40 + ROW * (max(float(each.row) for each in view.members) + 1.2) + 34
     return Stage(xs, ys, tall, tuple(width - (3 - i) * (wide + 14) for i in range(3)), wide, width, round(height))
@@ -210,7 +219,7 @@ def ports(edges: Sequence[Edge],  # of one family
                 top += scale * part
     return {edge: tuple(both) for edge, both in ends.items()}
 
-# %% ../../nbs/09_views/245_splitting.ipynb #e329f9bc
+# %% ../../nbs/09_views/245_splitting.ipynb #2826a3f1
 TITLES = {"cosine": "cosine", "correlation": "correlation", "given": "P(parent|child)"}
 
 def outer(view: SplittingView, # what is shown
@@ -219,6 +228,9 @@ def outer(view: SplittingView, # what is shown
     at = {(each.level, each.latent): each for each in view.members}
     down = [edge for edge in view.edges if edge.main and edge.level >= view.focus.level]
     inner = {(edge.level, edge.parent) for edge in down}
+    beside = parent_beside(view)
+    if beside: return [(edge, at[edge.level + 1, edge.child]) for edge in view.edges
+                       if edge.main and (edge.level, edge.parent) == beside]
     if not down: return [(edge, at[edge.level, edge.parent]) for edge in view.edges
                          if (edge.level + 1, edge.child) == (view.focus.level, view.focus.latent)]
     return [(edge, at[edge.level + 1, edge.child]) for edge in down if (edge.level + 1, edge.child) not in inner]
@@ -349,10 +361,10 @@ def share_or(value: Number,  # any number
     "A number, or another where it is not finite."
     return float(value if math.isfinite(value) else other)
 
-# %% ../../nbs/09_views/245_splitting.ipynb #aedcd978
+# %% ../../nbs/09_views/245_splitting.ipynb #9ed7c915
 def walk(view: SplittingView, # what is shown
          ) -> list[tuple[int, Member, Edge | None]]:  # depth, a latent, the edge that led to it
-    "The family as an outline: the focus, its descendants beneath, then its ancestors."
+    "The family as an outline: the focus, its descendants beneath, then its ancestors, then its siblings."
     at = {(each.level, each.latent): each for each in view.members}
     found: list = []
     def step(member: tuple[int, int], depth: int, edge: Edge | None, down: bool) -> None:
@@ -365,7 +377,9 @@ def walk(view: SplittingView, # what is shown
     step(focus, 0, None, True)
     downward = len(found)
     step(focus, 0, None, False)
-    return found[:downward] + [(-depth, member, edge) for depth, member, edge in found[downward + 1:]]
+    beside = [(1, at[edge.level + 1, edge.child], edge) for edge in view.edges
+              if edge.main and at[edge.level + 1, edge.child].branch == -2]
+    return found[:downward] + [(-depth, member, edge) for depth, member, edge in found[downward + 1:]] + beside
 
 def evidence_rows(view: SplittingView,  # what is shown
                   ) -> list[dict]:      # a mapping a relative
@@ -374,14 +388,14 @@ def evidence_rows(view: SplittingView,  # what is shown
     for depth, member, edge in walk(view):
         if edge is None: continue
         low, high = wilson(round(share(edge.given) * edge.n), edge.n) if edge.n > 0 else (math.nan, math.nan)
-        mark = "‹" * -depth if depth < 0 else "\u2003" * (depth - 1)
+        mark = "beside" if member.branch == -2 else "‹" * -depth if depth < 0 else "\u2003" * (depth - 1)
         rows.append({"relative": f"{mark} {view.names[member.level]}:{member.latent} {name_of(member, 24)}".strip(" "),
                      "P(parent|child)": f"{number(edge.given, 2)} ({number(float(low), 2)} to {number(float(high), 2)})",
                      "P(child|parent)": number(edge.reverse, 2), "cosine": number(edge.cosine, 2),
                      "correlation": number(edge.correlation, 2), "child's n": edge.n, "q": number(edge.q, 2)})
     return rows
 
-# %% ../../nbs/09_views/245_splitting.ipynb #00fa0dba
+# %% ../../nbs/09_views/245_splitting.ipynb #056f596e
 def summary(view: SplittingView, # what is shown
             ) -> str:            # one line
     "The sizes and the edges shown."
@@ -395,6 +409,7 @@ def _text(view: SplittingView) -> str:
     for depth, member, edge in walk(view):
         said = f"P(parent|child) {number(edge.given, 2)}  cosine {number(edge.cosine, 2)}" if edge else ""
         arm = "" if not depth else "   " * (abs(depth) - 1) + ("└─ " if depth > 0 else "↑─ ")
+        if member.branch == -2: arm = "beside "
         name = f"{arm}{token_text(view.names[member.level], 30)}:{member.latent} {name_of(member, 30)}"
         lines.append(f"{name:48} {said}".rstrip())
     lines += [f"children per latent, {token_text(view.names[each.level], 30)} to the next: {number(each.mean)} "

@@ -92,7 +92,13 @@ def test_a_family_is_every_relative(splitting, data):
     members, edges = family(made, level, latent, most=100)
     assert (members[0].level, members[0].latent) == (level, latent)
     want = {(level, latent)} | naive_kin(splitting, level, latent, 1) | naive_kin(splitting, level, latent, -1)
-    assert {(each.level, each.latent) for each in members} == want and len(members) == len(want)
+    kin = [each for each in members if each.branch != -2]
+    assert {(each.level, each.latent) for each in kin} == want and len(kin) == len(want)
+    beside = {(each.level, each.latent) for each in members if each.branch == -2}
+    parents = [each for each in edges if each.main and (each.level + 1, each.child) in beside]
+    assert len({(each.level, each.parent) for each in parents}) <= 1
+    assert not beside or not (members[0].children or {at for at, _ in beside} != {level})
+    want |= beside
     shown = splitting.edges[splitting.edges.shown.astype(bool)]
     inside = [
         row for row in shown.itertuples() if (row.level, row.parent) in want and (row.level + 1, row.child) in want
@@ -145,6 +151,17 @@ def test_orders_keep_families_together(splitting):
     assert counted == sum(int((main >= 0).sum()) for main in mains[1:])
 
 
+def test_a_leaf_stands_among_its_siblings():
+    rows = [
+        (0, 0, child, strength, strength, strength, 0.1, 100, 0.0, 0.0, True)
+        for child, strength in ((0, 0.9), (1, 0.8), (2, 0.7))
+    ]
+    view = splitting_view(ladder(made_of((1, 4), rows)), 1, 1)
+    assert [(each.latent, each.branch) for each in view.members if each.level == 1] == [(1, -1), (0, -2), (2, -2)]
+    assert {edge.child for edge, _ in outer(view)} == {0, 1, 2}
+    assert view.to_text().count("beside") == 2
+
+
 def test_ribbons_end_in_their_bars():
     view = splitting_view(ladder(example_splitting()))
     place = stage(view)
@@ -186,6 +203,7 @@ def test_the_figure_says_what_the_frames_say():
     )
     assert len(view.rows()) == 1 and view.rows()[0]["p_parent_given_child"] == 0.95
     alone = splitting_view(ladder(splitting), 1, 2)
+    assert "beside" not in alone.to_text()
     assert "no shown edge leads to or from it" in alone.to_html() and alone.rows() == []
 
 
