@@ -92,6 +92,8 @@ class Book:
             window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => true),
             new Promise(go => setTimeout(go, 1000 * seconds, false))])""", seconds)
         assert over, f"the cells took more than {seconds} s"
+        wrong = self.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
+        assert not wrong, "\n".join(wrong)[-3000:]
         return self
 
     def restart(self):
@@ -102,14 +104,9 @@ class Book:
         self.page.wait_for_function(READY, timeout=60_000)
 
     def save(self, name):
-        "Save, and wait until the file has changed."
-        path = self.root / name
-        before = path.stat().st_mtime_ns
-        self.command("docmanager:save")
-        end = time.monotonic() + 30
-        while path.stat().st_mtime_ns == before and time.monotonic() < end:
-            time.sleep(.1)
-        return path
+        "Save, and wait until the server has written the file."
+        self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save').then(() => null)")
+        return self.root / name
 
     def cell(self, i):
         "The cell at a place."
