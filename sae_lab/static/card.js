@@ -130,7 +130,7 @@ function tokens(model, body, note, ask) {
 
 /** Arrows go from token to token in a window and from window to window; one token of the card is in the order of Tab. */
 function arrows(event, token, body, choose) {
-  const rows = [...body.querySelectorAll(".sl-w")].filter((row) => row.offsetParent && row.querySelector(".sl-t"));
+  const rows = [...body.querySelectorAll(".sl-w")].filter((row) => row.querySelector(".sl-t")?.offsetParent);
   const row = token.closest(".sl-w"), here = [...row.querySelectorAll(".sl-t")], at = here.indexOf(token);
   const line = (by) => rows[rows.indexOf(row) + by]?.querySelector("u .sl-t, .sl-t");
   const next = { ArrowRight: here[at + 1], ArrowLeft: here[at - 1], ArrowDown: line(1), ArrowUp: line(-1) }[event.key];

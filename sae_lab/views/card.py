@@ -6,14 +6,14 @@
 __all__ = ['RARE', 'DENSE', 'STATES', 'NAMES', 'SIDE', 'MAIN', 'BELOW', 'LatentCard', 'tiles', 'facts', 'head_html', 'sections',
            'section_html', 'examples_html', 'charts', 'card_html', 'latent_card']
 
-# %% ../../nbs/09_views/05_card.ipynb #e795253c
+# %% ../../nbs/09_views/05_card.ipynb #fd0513da
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from ..ground.html import SANS, escape, number
 from .card_parts import (
-    Explanation, Group, Ranking, Row, Window, evidence, group_html, page_groups, ranking_html, shown)
+    COLUMNS, Explanation, Group, Ranking, Row, Window, evidence, group_html, page_groups, ranking_html, shown)
 from .histograms import HistogramChart, activation_histogram
 from .logits import LogitTable
 from .payload import AbstractPayload, Number, caption, token_text, views
@@ -60,17 +60,17 @@ class LatentCard(AbstractPayload):
 RARE = 30     # activations below which a card warns that it rests on little evidence
 DENSE = 0.1   # share of tokens above which a latent is called dense
 
-# %% ../../nbs/09_views/05_card.ipynb #c44586e6
+# %% ../../nbs/09_views/05_card.ipynb #677a1e70
 STATES = {"dead": "dead: it never fired", "rare": f"rare: fewer than {RARE} activations, little evidence",
           "dense": f"dense: it fires on more than {DENSE:.0%} of tokens", "": ""}
 NAMES = {"mean": "mean", "max": "max", "norm": "decoder norm", "encoder": "encoder norm", "bias": "encoder bias",
-         "cosine": "encoder · decoder"}
+         "cosine": "enc–dec cosine"}
 
 def tiles(card: LatentCard,                   # a card
           ) -> list[tuple[str, str, str]]:    # name, value, what limits it
     "The facts at the head of a card."
-    get = card.stats.get
-    made = [("fires on", f"{int(get('count', 0)):,} tokens", f"of {card.tokens:,}" if card.tokens else "")]
+    get, count = card.stats.get, int(card.stats.get("count", 0))
+    made = [("fires on", f"{count:,} token{'s' * (count != 1)}", f"of {card.tokens:,}" if card.tokens else "")]
     if get("docs"): made.append(("documents", f"{int(get('docs', 0)):,}", ""))
     if get("density"):
         low, high = (None if get(key) is None else 100 * get(key) for key in ("density_low", "density_high"))
@@ -83,6 +83,7 @@ def facts(card: LatentCard, # a card
     "The head of a card as text."
     return [" ".join([name, value, *([f"({limit})"] if limit else [])]) for name, value, limit in tiles(card)]
 
+# %% ../../nbs/09_views/05_card.ipynb #f75844b6
 def head_html(card: LatentCard,  # a card
               ) -> str:          # HTML
     "Its number and label, where it is from, its state and its facts."
@@ -109,7 +110,7 @@ def _explained(card: LatentCard) -> str:
     return (f'<div style="{style}">{caption(card.explanation.text, 600)}<br>'
             f'<small style="opacity:.7">{caption(evidence(card.explanation), 200)}</small></div>')
 
-# %% ../../nbs/09_views/05_card.ipynb #c0134003
+# %% ../../nbs/09_views/05_card.ipynb #ac4cb6b0
 def sections(groups: tuple[Group, ...],  # of a card
              ) -> list[tuple[Group | None, list[tuple[int, Group]]]]: # heading; number and group of those under it
     "Groups under their headings; a group of another family needs none to begin a section."
@@ -125,10 +126,10 @@ def section_html(heading: Group | None,           # over the groups
                  scale: Number,                   # activation that gets the full colour
                  detail: int,                     # as in `window_html`
                  ) -> str:                        # HTML
-    "A table of windows under a heading."
-    rows = "".join(group_html(group, scale, detail, i, i == under[0][0]) for i, group in under)
-    style = f"font:13px/1.6 {SANS};table-layout:fixed;width:100%;border-collapse:collapse"
-    table = f'<table dir="ltr" cellpadding="0" style="{escape(style)}">{rows}</table>'
+    "A grid of windows under a heading."
+    line = "" if detail > 2 else '<hr style="grid-column:1/5;margin:1px 0;border:0;border-top:1px solid #8883">'
+    rows = line.join(group_html(group, scale, detail, i) for i, group in under)
+    table = f'<div dir="ltr" style="{COLUMNS};line-height:1.6;white-space:pre">{rows}</div>'
     note = f' <small style="opacity:.7">{caption(heading.note)}</small>' if heading else ""
     title = f"<b>{caption(heading.name)}</b>{note}" if heading else ""
     family = under[0][1].family
@@ -145,22 +146,23 @@ def examples_html(card: LatentCard,  # a card
     made = [section_html(*each, card.scale, detail) for each in sections(card.groups)]
     return legend(card.scale, "model units" + less, signed) + "".join(made) if made else ""
 
-# %% ../../nbs/09_views/05_card.ipynb #4ef975ad
+# %% ../../nbs/09_views/05_card.ipynb #efca6c76
 SIDE = "flex:1 1 310px;min-width:0;display:flex;flex-wrap:wrap;gap:12px 20px;align-content:flex-start"
 MAIN = "flex:99 1 540px;min-width:0"
 BELOW = "display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:18px 28px;padding-top:16px"
 
 def charts(card: LatentCard,  # a card
-           ) -> list[str]:    # HTML of each
-    "What is drawn of a card, in order."
-    return [part.to_html() for part in (card.histogram, card.logits, card.logit_histogram) if part is not None]
+           ) -> list[str]:    # HTML of each block
+    "What is drawn of a card: its histograms under each other, and the logits."
+    drawn = "".join(part.to_html() for part in (card.histogram, card.logit_histogram) if part is not None)
+    return [each for each in (drawn, card.logits.to_html() if card.logits is not None else "") if each]
 
 def card_html(card: LatentCard,   # a card
               detail: int,        # as in `window_html`
               side: list[str],    # charts and tables beside the text
               ) -> str:           # HTML
     "Put a card together."
-    left = "".join(f'<div style="flex:0 1 300px;min-width:0">{each}</div>' for each in side)
+    left = "".join(f'<div style="flex:1 1 290px;min-width:0;max-width:340px">{each}</div>' for each in side)
     text, below = examples_html(card, detail), "".join(ranking_html(each, detail > 2) for each in card.rankings)
     columns = [f'<div style="{SIDE}">{left}</div>'] if left else []
     columns += [f'<div style="{MAIN}">{text}</div>'] if text else []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['live_chart', 'live_html', 'placed', 'CardWidget']
 
-# %% ../../nbs/09_views/21_card_widget.ipynb #205a5419
+# %% ../../nbs/09_views/21_card_widget.ipynb #ea65d980
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,9 +19,9 @@ from .card_parts import Window
 from .histograms import HistogramChart
 from .payload import views
 from .svg import Frame
-from .widget import AbstractWidget, standalone, static, widgets
+from .widget import AbstractWidget, static, widgets
 
-# %% ../../nbs/09_views/21_card_widget.ipynb #2b9e326c
+# %% ../../nbs/09_views/21_card_widget.ipynb #2f69945e
 def live_chart(chart: HistogramChart,  # a histogram
                kind: str,              # "activation" or "logit"
                ) -> str:               # HTML for a script
@@ -37,18 +37,18 @@ def live_chart(chart: HistogramChart,  # a histogram
 def live_html(card: LatentCard, # a card
               ) -> str:         # HTML for a script; nothing in it is given up to save bytes
     "The card with every token within reach."
-    side = [live_chart(card.histogram, "activation")] if card.histogram is not None else []
-    side += [f'<div class="sl-logits">{card.logits.to_html()}</div>'] if card.logits is not None else []
-    side += [live_chart(card.logit_histogram, "logit")] if card.logit_histogram is not None else []
-    return card_html(card, 3, side)
+    both = ((card.histogram, "activation"), (card.logit_histogram, "logit"))
+    drawn = "".join(live_chart(chart, kind) for chart, kind in both if chart is not None)
+    logits = card.logits.to_html() if card.logits is not None else ""
+    return card_html(card, 3, [each for each in (drawn, logits) if each])
 
-# %% ../../nbs/09_views/21_card_widget.ipynb #f605028e
+# %% ../../nbs/09_views/21_card_widget.ipynb #cfb0aaad
 def _bound(widget: "CardWidget", answers: Mapping[str, Callable]) -> dict[str, Callable]:
     "Answers as the script asks for them: about the latent that is shown."
     def effect(group: int, window: int, token: int) -> Any:
         return answers["effect"](widget.view.latent, placed(widget.view, group, window), token)
-    asked = {name: (lambda name: lambda **args: answers[name](widget.view.latent, **args))(name) for name in answers}
-    return asked | ({"effect": effect} if "effect" in answers else {})
+    def about(fn: Callable) -> Callable: return lambda **args: fn(widget.view.latent, **args)
+    return {name: about(fn) for name, fn in answers.items()} | ({"effect": effect} if "effect" in answers else {})
 
 def placed(card: LatentCard,  # a card
            group: int,        # number of a group
@@ -58,7 +58,7 @@ def placed(card: LatentCard,  # a card
     if 0 <= group < len(card.groups) and 0 <= window < len(card.groups[group].windows): return card.groups[group].windows[window]
     raise InputError(f"window {window} of group {group}", "a window of the card that is shown", "look at the card's groups")
 
-# %% ../../nbs/09_views/21_card_widget.ipynb #1bec6f27
+# %% ../../nbs/09_views/21_card_widget.ipynb #a4e29bab
 @widgets.add("card", idea="all about one latent, and what it does at a token", example=lambda: _example())
 class CardWidget(AbstractWidget):
     "The card of a latent, alive."
@@ -101,6 +101,7 @@ class CardWidget(AbstractWidget):
             try: self.show(self.make(change["new"]))
             except SaeLabError as error: self.problem = str(error)
 
+# %% ../../nbs/09_views/21_card_widget.ipynb #02685867
 def _example() -> CardWidget:
     "A live card as the gallery and the tests in a browser show it."
     card, effect = views["card"].meta["example"](), views["effect"].meta["example"]()

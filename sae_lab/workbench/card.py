@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'SIZES', 'weight_facts', 'logit_effects', 'logit_chart', 'chance_share', 'neurons', 'heads', 'fired_tokens',
            'concept_ranking', 'main_token', 'neighbour_rankings', 'described', 'card', 'answers', 'live_card']
 
-# %% ../../nbs/10_lab/03_card.ipynb #6f73f1da
+# %% ../../nbs/10_lab/03_card.ipynb #62a06b0c
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.special import stdtrit
 from torch import Tensor
 
 from ..coders.contract import AbstractCoder
@@ -66,7 +67,7 @@ def logit_chart(effects: Float[np.ndarray, "d_vocab"], # per unit of activation
     return HistogramChart(tuple(edges.tolist()), tuple(counts.tolist()), x_label="effect on the logit, per unit", y_label="tokens",
                           log_counts=True, colour="#8a8a8a")
 
-# %% ../../nbs/10_lab/03_card.ipynb #56e31333
+# %% ../../nbs/10_lab/03_card.ipynb #0fcc12e5
 @cache
 def chance_share(width: int,       # coordinates
                  draws: int = 256, # random directions
@@ -87,9 +88,9 @@ def neurons(coder: AbstractCoder, # of an MLP's hook
     share = row**2 / max(float((row**2).sum()), 1e-30)
     note = f"as if spread over {number(1 / max(float((share**2).sum()), 1e-30))} of {len(row):,}; a random row's largest: {number(chance_share(len(row)), 2)}"
     rows = [Row(f"neuron {layer[1]}.{i}", float(share[i]), note=f"weight {number(float(row[i]))}") for i in (-share).argsort()[:n].tolist()]
-    return Ranking("neurons", tuple(rows), "share of the decoder's squared norm", note)
+    return Ranking("neurons", tuple(rows), "share of decoder norm²", note)
 
-# %% ../../nbs/10_lab/03_card.ipynb #3ee37fd6
+# %% ../../nbs/10_lab/03_card.ipynb #aa948806
 def heads(subject: Subject,          # the model
           coder: AbstractCoder,      # of a place of heads
           index: FeatureIndex,       # whose rows are read again
@@ -102,12 +103,17 @@ def heads(subject: Subject,          # the model
     ids = torch.tensor(np.array([index.text.ids[each.row] for each in some], np.int64), device=subject.device)
     parts = head_parts(subject, coder, ids, [each.start + each.focus for each in some], page.latent) if some else None
     if parts is not None:
-        mean, sure = parts.mean(0), 1.96 * parts.std(0, ddof=1) / len(some)**0.5 if len(some) > 1 else None
-        made.append(_by_head("sources", mean, f"mean part of the pre-activation, {len(some)} strongest", sure))
+        mean, sure = parts.mean(0), _half(parts)
+        made.append(_by_head("sources", mean, f"mean part of x · w, {len(some)} strongest", sure))
     if name is not None:
         square = coder.W_dec[page.latent].detach().float().square().reshape(subject.n_heads, -1).sum(1).cpu().numpy()
-        made.append(_by_head("heads written", square / max(float(square.sum()), 1e-30), "share of the decoder's squared norm", None))
+        made.append(_by_head("heads written", square / max(float(square.sum()), 1e-30), "share of decoder norm²", None))
     return tuple(made)
+
+def _half(parts: np.ndarray) -> np.ndarray | None:
+    "Half of the 95 % interval of the means, by Student's t."
+    n = len(parts)
+    return stdtrit(n - 1, 0.975) * parts.std(0, ddof=1) / n**0.5 if n > 1 else None
 
 def _by_head(title: str, value: np.ndarray, unit: str, sure: np.ndarray | None) -> Ranking:
     order = (-np.abs(value)).argsort()[:8].tolist()
@@ -134,7 +140,7 @@ def concept_ranking(concepts: Any,     # with best(latent, n): a table of concep
     chance = f"chance reaches {number(found[0]['mcc_null'], 2)}" if found else "no concept has the evidence"
     return ranking(rows, "concepts", "MCC", note=chance, full=1)
 
-# %% ../../nbs/10_lab/03_card.ipynb #3165bec5
+# %% ../../nbs/10_lab/03_card.ipynb #f7666719
 KINDS = {"decoder": ("nearest decoders", "cosine"), "encoder": ("nearest encoders", "cosine"),
          "correlation": ("correlated latents", "Pearson r"), "given_a": ("fires when this fires", "P(other | this)"),
          "given_b": ("this fires when it fires", "P(this | other)")}
@@ -160,6 +166,7 @@ def neighbour_rankings(coder: AbstractCoder, # of the index
         rows = found.rows(kind)
         ready = [{**row, "name": names[int(row["latent"])], "latent": int(row["latent"]), "note": _both(row)} for row in rows]
         chance = f"random: below {number(rows[0]['chance'], 2)}" if rows and "chance" in rows[0] else ""
+        if not rows: chance = f"none with enough evidence: it fires on {found.count:,} token{'s' * (found.count != 1)}"
         return ranking(ready, title, f"{unit}, of {found.compared:,}", note=chance, full=1)
     return [ranked(kind, *told) for kind, told in KINDS.items() if kind in found.tables]
 

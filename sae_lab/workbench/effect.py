@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['removed', 'ablated', 'changes', 'head_parts', 'token_effect', 'window_effect', 'latent_on', 'tried']
 
-# %% ../../nbs/10_lab/028_effect.ipynb #3e111fbd
+# %% ../../nbs/10_lab/028_effect.ipynb #727239d5
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch

@@ -128,8 +128,8 @@ def test_it_fits_a_narrow_page(alive):
     for width in (1300, 700):
         page = alive(_example(), viewport={"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        edges = page.evaluate("""() => [...document.querySelectorAll('.sl-w')].filter((r) => r.offsetParent)
-            .map((r) => Math.round(r.lastElementChild.getBoundingClientRect().left))""")
+        edges = page.evaluate("""() => [...document.querySelectorAll('.sl-w')].map((r) => r.lastElementChild)
+            .filter((r) => r.offsetParent).map((r) => Math.round(r.getBoundingClientRect().left))""")
         assert len(set(edges)) == 1, "windows stand under each other, aligned at the token they were chosen for"
 
 
