@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'Activations', 'read_splitting', 'Splitting', 'children_per_latent', 'example_splitting', 'heirs', 'hole',
-           'absorbers', 'next_states', 'split']
+           'absorbers', 'next_states', 'split', 'prefixes']
 
-# %% ../../nbs/05_features/06_splitting.ipynb #d6288725
+# %% ../../nbs/05_features/06_splitting.ipynb #f3e34517
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +20,8 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from ..coders.contract import AbstractCoder
+from ..coders.dictionary import Dictionary
+from ..coders.matryoshka import prefix, prefix_sizes
 from .evidence import Side, judged, q_values
 from .index import FeatureIndex
 from .products import by_token, same_tokens
@@ -194,7 +196,7 @@ def next_states(shown: pd.DataFrame, # shown edges of one level
     state[sorted(gone)] = "absorbed"
     return state
 
-# %% ../../nbs/05_features/06_splitting.ipynb #02308bef
+# %% ../../nbs/05_features/06_splitting.ipynb #068591f4
 Activations = FeatureIndex | csr_array | csc_array
 
 def _codes(of: Activations) -> csr_array:
@@ -222,6 +224,8 @@ def _check(coders: Sequence, indexes: Sequence, fdr: float, least: float) -> Non
         raise InputError(f"fdr {fdr}, least {least}", "0 < fdr < 1 and 0 <= least < 1", "mend them")
     for one, other in pairwise(indexes):
         if isinstance(one, FeatureIndex) and isinstance(other, FeatureIndex): same_tokens(one, other)
+    rows = {codes.shape[0] for codes in indexes if not isinstance(codes, FeatureIndex)}
+    if len(rows) > 1: raise ShapeError(f"activations over {sorted(rows)} tokens", "the same tokens", "read all over one text")
     widths = {_rows(coder).shape[1] for coder in coders}
     if len(widths) > 1: raise ShapeError(f"decoders of width {sorted(widths)}", "one width", "compare at one hook")
 
@@ -271,3 +275,11 @@ def _states(edges: pd.DataFrame, rows: Sequence, indexes: Sequence, fdr: float, 
                                    "parents": up, "children": down}))
         before = here
     return pd.concat(parts, ignore_index=True)
+
+# %% ../../nbs/05_features/06_splitting.ipynb #15f599f2
+def prefixes(coder: Dictionary,      # of the kind `matryoshka`
+             index: Activations,     # of the whole coder
+             ) -> tuple[dict[str, AbstractCoder], list[csr_array]]: # coders by name, activations of each, for `split`
+    "The nested dictionaries of a Matryoshka coder as a ladder."
+    codes, sizes = _codes(index), prefix_sizes(coder)
+    return {f"first {m}": prefix(coder, size=m) for m in sizes}, [csr_array(codes[:, :m]) for m in sizes]
