@@ -130,6 +130,8 @@ function familyOf(data, pass, focus, most = MOST) {
       beside = parent;
     });
     members.get(parent).hidden += Math.max(all.length - most, 0);
+    const others = [...members.values()], half = others.filter((m) => m.branch === -2).length / 2;
+    for (const m of others) if (m.branch !== -2 && m.id !== focus) m.row += half;  // before the middle of the siblings
   }
   const least = Math.min(...[...members.values()].map((m) => m.row)) - .5;
   for (const m of members.values()) m.row -= least;
@@ -450,6 +452,10 @@ function render({ model, el }) {
       if (m.id === fam.beside) own.splice(0, own.length, ...[...fam.members.values()].filter((k) => k.level === m.level + 1).map((k) => k.id));
       const span = (list) => (list.length ? Math.max(...list.map((k) => ys.get(k))) - Math.min(...list.map((k) => ys.get(k))) : 0);
       tall.set(m.id, Math.max(13, .7 * (m.id === fam.focus ? Math.max(span(m.kids), span(fam.up.get(m.id) ?? [])) : span(own))));
+    }
+    if (fam.beside !== null) {
+      const own = fam.members.get(fam.beside), near = [...fam.members.values()].filter((m) => m.level === own.level && m !== own).map((m) => Math.abs(ys.get(m.id) - ys.get(own.id)));
+      tall.set(own.id, Math.max(13, Math.min(tall.get(own.id), 2 * Math.min(...near) - 18)));
     }
     const height = TOP + ROW * (Math.max(...[...fam.members.values()].map((m) => m.row)) + 1.2) + 34;
     return { xs, ys, tall, wide, names, room, height, step: levels > 1 ? xs[1] - xs[0] : names,

@@ -315,7 +315,7 @@ def _siblings(made: Ladder, focus: tuple[int, int], parent: int, row: Number, mo
     others = [(focus[0], each) for each in kept[parent] if each != focus[1]]
     return {at: _member(made, at, places, row=row + i, branch=-2) for i, at in enumerate(others, 1)}, left[parent]
 
-# %% ../../nbs/09_views/24_family.ipynb #de1d3b53
+# %% ../../nbs/09_views/24_family.ipynb #6641ac4e
 def family(made: Ladder,          # a ladder
            level: int,            # number of a dictionary
            latent: int,           # one of its latents
@@ -340,7 +340,9 @@ def family(made: Ladder,          # a ladder
         parent = sides[1][0][focus][0]
         beside, left = _siblings(made, focus, parent[1], members[focus].row, most, places)
         tree |= {(parent, each) for each in beside}
-        members |= beside | {parent: replace(members[parent], hidden=members[parent].hidden + left)}
+        members[parent] = replace(members[parent], hidden=members[parent].hidden + left)
+        half = len(beside) / 2  # ancestors stand before the middle of the siblings
+        members = {at: each if at == focus else replace(each, row=each.row + half) for at, each in members.items()} | beside
     found = sorted(members.values(), key=lambda each: ((each.level, each.latent) != focus, each.level, each.row))
     least = min(each.row for each in found) - 0.5
     found = [replace(each, row=each.row - least) for each in found]

@@ -158,7 +158,7 @@ def _edge_hue(view: SplittingView, edge: Edge, place: dict) -> str:
     far = (edge.level + 1, edge.child) if edge.level >= view.focus.level else (edge.level, edge.parent)
     return hue(place[far].branch)
 
-# %% ../../nbs/09_views/245_splitting.ipynb #ccc27871
+# %% ../../nbs/09_views/245_splitting.ipynb #59480f4f
 def parent_beside(view: SplittingView, # what is shown
                   ) -> tuple[int, int] | None: # None: no siblings are drawn
     "The parent of the siblings of the focus."
@@ -194,6 +194,9 @@ def stage(view: SplittingView,  # what is shown
             spans[own].append(ys[other])
     if beside: spans[beside] = [ys[at] for at in ys if at[0] == view.focus.level]
     tall = {each: max(13.0, 0.7 * (max(own) - min(own)) if own else 0.0) for each, own in spans.items()}
+    if beside:
+        near = [abs(y - ys[beside]) for at, y in ys.items() if at[0] == beside[0] and at != beside]
+        tall[beside] = max(13.0, min(tall[beside], 2 * min(near, default=math.inf) - 18))
     height = 40 + ROW * (max(float(each.row) for each in view.members) + 1.2) + 34
     return Stage(xs, ys, tall, tuple(width - (3 - i) * (wide + 14) for i in range(3)), wide, width, round(height))
 
@@ -302,7 +305,7 @@ def _mark(edge: Edge, kind: str, at, y: Number, ink: str) -> str:
         reach = f'<path d="M{at(float(low)):g} {y:.4g}H{at(float(high)):g}" stroke="{ink}" stroke-width="1.5"/>'
     return reach + f'<circle cx="{at(value):g}" cy="{y:.4g}" r="3.3" fill="{ink}"/>'
 
-# %% ../../nbs/09_views/245_splitting.ipynb #464c64e3
+# %% ../../nbs/09_views/245_splitting.ipynb #5ca73c36
 def flow(view: SplittingView,  # what is shown
          width: int = 740,     # at least, pixels
          ) -> str:             # HTML
@@ -328,7 +331,7 @@ def _bar(view: SplittingView, member: Member, place: Stage) -> str:
     name, digits = _name(member, place), 7 * len(str(member.latent)) + 5
     kin = {(edge.level, edge.parent) if edge.level >= view.focus.level else (edge.level + 1, edge.child)
            for edge in view.edges if edge.main}
-    inner = at in kin
+    inner = at in kin and member.branch != -2
     rise = -6 if inner and not focus and tall < 26 else 0  # above a thin ribbon, not across it
     bold = ' style="font-weight:700"' if focus else ""
     parts.append(f'<text x="{x + 12:.4g}" y="{y + 4 + rise:.4g}" fill="currentColor"{bold}>{member.latent}</text>')
@@ -416,7 +419,7 @@ def _text(view: SplittingView) -> str:
               f"({number(each.low)} to {number(each.high)}), n = {each.n:,}" for each in view.means]
     return "\n".join(each for each in lines if each)
 
-# %% ../../nbs/09_views/245_splitting.ipynb #1d39cd51
+# %% ../../nbs/09_views/245_splitting.ipynb #70c555f8
 def _nulls(view: SplittingView) -> list[dict]:
     "What chance gives, a row a null."
     return [{"evidence": TITLES.get(each.evidence, token_text(each.evidence, 30)),
@@ -435,7 +438,7 @@ def _table(rows: list[dict]) -> str:
     return f'<table cellpadding="3" style="text-align:right;font-variant-numeric:tabular-nums;font-size:12px">{body}</table>'
 
 HOW = ("A bar is all firings of a latent. A ribbon covers, at its left end, the share of the parent's firings on which the "
-       "child fires, and at its right end the share of the child's firings on which the parent fires; grey: another parent.")
+       "child fires, and at its right end the share of the child's firings on which the parent fires; grey: another parent or child.")
 
 def _html(view: SplittingView) -> str:
     "The static page."
