@@ -112,7 +112,7 @@ def half_card(snapshot: Snapshot,  # a coder as it stood
     where = f"{snapshot.name} after {snapshot.tokens:,} tokens of training · {', '.join(spec.hooks_out or spec.hooks_in)} · fixed probe"
     return card(snapshot.probe.subject, snapshot.coder, snapshot.index, latent, where=where)
 
-# %% ../../nbs/10_lab/06_monitor.ipynb #d6889068
+# %% ../../nbs/10_lab/06_monitor.ipynb #677022c6
 @dataclass
 class Seldom:
     "Measurements on the probe."
@@ -132,7 +132,7 @@ def _marks(work: Background) -> tuple[Mark, ...]:
 def _notes(probe: Probe | None, seldom: Seldom) -> tuple[str, ...]:
     if probe is None: return ("Without a subject and text there is neither cross-entropy nor a card.",)
     docs = len(probe.part.doc[probe.part.doc >= 0].unique())
-    cost = f"; {len(seldom.spent)} measurements took {sum(seldom.spent):.1f} s" if seldom.spent else ""
+    cost = f"; measured {len(seldom.spent)} times in {sum(seldom.spent):.1f} s" if seldom.spent else ""
     sure = [f"{name} adds {number(m.value)} ({number(m.low)} to {number(m.high)}) nats" for name, m in seldom.latest.items()]
     return (f"CE through the coder, error dropped: {int(scored(probe.part).sum()):,} predictions in {docs} documents of a fixed probe{cost}.",
             *([f"{'; '.join(sure)}; 95 % intervals over documents."] if sure else []))
