@@ -1,4 +1,5 @@
 "The live card: painted in time, answers to mouse and keyboard, opens its neighbours; alone, and on a real kernel."
+
 import re
 
 import pytest
@@ -13,7 +14,8 @@ HARNESS = """async () => {
   const { state, source } = JSON.parse(document.getElementById("saved").textContent);
   const heard = {}, tell = (name, ...args) => (heard[name] ?? []).forEach((f) => f(...args));
   window.asked = [];
-  window.model = { state, get: (key) => state[key], on: (name, f) => (heard[name] ??= []).push(f), off() {}, save_changes() {},
+  window.model = { state, get: (key) => state[key], off() {}, save_changes() {},
+    on: (name, f) => (heard[name] ??= []).push(f),
     set(key, value) { if (state[key] === value) return; state[key] = value; tell(`change:${key}`); },
     send({ id, ask, args }) { window.asked.push([ask, args]);
       const value = ask === "effect" ? { html: `<div>effect at ${args.group}.${args.window}.${args.token}</div>` }
@@ -24,13 +26,19 @@ HARNESS = """async () => {
   const widget = (await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })))).default;
   const frame = () => new Promise((go) => requestAnimationFrame(() => setTimeout(go)));
   await widget.render({ model: window.model, el });
-  window.painted = async (html) => { const from = performance.now(); window.model.set("html", html); await frame(); return performance.now() - from; };
+  window.painted = async (html) => {
+    const from = performance.now();
+    window.model.set("html", html);
+    await frame();
+    return performance.now() - from;
+  };
 }"""
 
 
 @pytest.fixture
 def alive(new_page, tmp_path):
     "A card on a page of its own; what is asked lands in `window.asked`."
+
     def open_(widget, **options):
         page = new_page(**options)
         path = tmp_path / "card.html"
@@ -38,6 +46,7 @@ def alive(new_page, tmp_path):
         page.goto(f"file://{path}")
         page.evaluate(HARNESS)
         return page
+
     return open_
 
 
@@ -46,9 +55,15 @@ def big(widget):
     from dataclasses import replace
 
     from sae_lab.views.card_parts import Group, Window
+
     words = tuple(f" word{i}" for i in range(21))
-    made = tuple(Window(words, tuple(.1 + (i * 7 % 20) / 5 for i in range(21)), 10, f"docs/{j}", 5, 0) for j in range(47))
-    groups = tuple(Group(f"group {i}", "a note", made[i:i + 2], ("top", "rank", "value", "near")[i // 12]) for i in range(0, 47, 2))
+    made = tuple(
+        Window(words, tuple(0.1 + (i * 7 % 20) / 5 for i in range(21)), 10, f"docs/{j}", 5, 0) for j in range(47)
+    )
+    groups = tuple(
+        Group(f"group {i}", "a note", made[i : i + 2], ("top", "rank", "value", "near")[i // 12])
+        for i in range(0, 47, 2)
+    )
     return replace(widget.view, groups=groups, rankings=widget.view.rankings * 4, logit_histogram=widget.view.histogram)
 
 
@@ -85,7 +100,11 @@ def test_bands_and_axis_are_switched(alive):
     section = lambda family: page.locator(f".sl-sec[data-family={family}]")
     assert section("top").is_visible() and section("rank").is_visible() and not section("value").is_visible()
     page.get_by_role("button", name="by value").click()
-    assert section("value").is_visible() and not section("rank").is_visible() and page.evaluate("model.state.band") == "value"
+    assert (
+        section("value").is_visible()
+        and not section("rank").is_visible()
+        and page.evaluate("model.state.band") == "value"
+    )
     assert page.locator(".sl-log").first.is_visible() and not page.locator(".sl-linear").first.is_visible()
     page.get_by_role("button", name="log").first.click()
     assert page.locator(".sl-linear").first.is_visible() and page.evaluate("model.state.log") is False

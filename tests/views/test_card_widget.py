@@ -1,4 +1,5 @@
 "The card of a latent: its effect at a token against a hook by hand, its live HTML, hostile text, dead latents."
+
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +17,18 @@ from sae_lab.sources.corpus import named
 from sae_lab.sources.stream import Stream
 from sae_lab.sources.subject import Subject
 from sae_lab.views.card import LatentCard
-from sae_lab.views.card_parts import Explanation, Group, Ranking, Row, Window, even, evidence, page_groups, ranking, ranking_html
+from sae_lab.views.card_parts import (
+    Explanation,
+    Group,
+    Ranking,
+    Row,
+    Window,
+    even,
+    evidence,
+    page_groups,
+    ranking,
+    ranking_html,
+)
 from sae_lab.views.card_widget import CardWidget, live_html
 from sae_lab.views.effect import Change, TokenEffect
 from sae_lab.views.histograms import activation_histogram
@@ -25,7 +37,17 @@ from sae_lab.views.widget import standalone
 from sae_lab.workbench.card import SIZES, card, heads, live_card, logit_effects, neighbour_rankings, neurons
 from sae_lab.workbench.effect import head_parts, latent_on, token_effect, tried, window_effect
 
-HOSTILE = ("</script>", "<img src=x onerror=alert(1)>", "\u202eabc", "\ud83d", "\r\n\t", '" onmouseover="alert(1)', "x" * 10_000, "", "🦊")
+HOSTILE = (
+    "</script>",
+    "<img src=x onerror=alert(1)>",
+    "\u202eabc",
+    "\ud83d",
+    "\r\n\t",
+    '" onmouseover="alert(1)',
+    "x" * 10_000,
+    "",
+    "🦊",
+)
 HOOKS = ("blocks.1.mlp.hook_post", "blocks.2.hook_resid_pre", "blocks.1.attn.hook_z")
 
 
@@ -53,10 +75,12 @@ def bench(subject, tmp_path_factory):
 
 def by_hand(subject, ids, hook, position, part):
     "A plain forward pass in which a hook of the model itself takes `part` away at one token."
+
     def change(act, hook):
         flat = act.clone().flatten(2)
         flat[0, position] -= part
         return flat.reshape(act.shape)
+
     with torch.no_grad():
         return subject.model.run_with_hooks(ids, fwd_hooks=[(hook, change)], return_type="logits")
 
@@ -77,16 +101,21 @@ def test_the_effect_is_that_of_a_hook_by_hand(subject, hook, position):
         there = by_hand(subject, ids, hook, position, z[position, latent] * coder.W_dec[latent])
     seen = token_effect(subject, coder, ids, position, latent, float(z[position, latent]))
     before, after = losses(plain, ids), losses(there, ids)
-    assert abs(seen.loss_before - float(before[position])) < 1e-4 and abs(seen.loss_after - float(after[position])) < 1e-4
+    assert (
+        abs(seen.loss_before - float(before[position])) < 1e-4 and abs(seen.loss_after - float(after[position])) < 1e-4
+    )
     assert abs(seen.effect) > 1e-4, "a coder that does nothing would pass"
-    later = (after - before)[position + 1:]
+    later = (after - before)[position + 1 :]
     assert seen.n_later == len(later) and abs(seen.later - float(later.mean())) < 1e-4
     p, q = plain[0, position].softmax(-1), there[0, position].softmax(-1)
     best = int((p - q).argmax())
     assert seen.promoted[0].token == subject.strings([best])[0]
     assert abs(seen.promoted[0].before - float(p[best])) < 1e-4 and abs(seen.promoted[0].after - float(q[best])) < 1e-4
     worst = int((p - q).argmin())
-    assert seen.suppressed[0].token == subject.strings([worst])[0] and abs(seen.suppressed[0].by - float((p - q)[worst])) < 1e-4
+    assert (
+        seen.suppressed[0].token == subject.strings([worst])[0]
+        and abs(seen.suppressed[0].by - float((p - q)[worst])) < 1e-4
+    )
 
 
 def test_the_effect_of_a_transcoder_is_what_it_does_not_write(subject):
@@ -123,7 +152,8 @@ def test_the_window_is_read_in_its_row_and_its_document(subject, bench):
     values = latent_on(subject, coder, torch.tensor(row.astype(np.int64))[None], latent)
     assert values[at] == pytest.approx(window.values[window.focus], abs=1e-4)
     for bad in (replace(window, row=None), window):
-        with pytest.raises(InputError): window_effect(subject, coder, index, latent, bad, 99)
+        with pytest.raises(InputError):
+            window_effect(subject, coder, index, latent, bad, 99)
 
 
 def test_heads_share_the_pre_activation(subject, bench):
@@ -141,7 +171,8 @@ def test_heads_share_the_pre_activation(subject, bench):
 
 def test_neurons_and_logits_are_of_the_decoder_row(subject):
     coder = coder_at(subject, HOOKS[0])
-    with torch.no_grad(): coder.dec[5] = F.one_hot(torch.tensor(33), coder.d_in) * 2.0
+    with torch.no_grad():
+        coder.dec[5] = F.one_hot(torch.tensor(33), coder.d_in) * 2.0
     found = neurons(coder, 5)
     assert found.rows[0].name == "neuron 1.33" and found.rows[0].value == pytest.approx(1) and found.rows[1].value == 0
     direct = 2 * subject.model.blocks[1].mlp.W_out[33].detach().float() @ subject.unembed()
@@ -164,15 +195,26 @@ def test_every_latent_has_a_lawful_card_below_60_kb(subject, bench):
         made = card(subject, coder, index, latent)
         assert check_view(made) and len(made.to_html().encode()) <= 60_000
         families = [group.family for group in made.groups if group.windows]
-        assert sorted(set(families), key=families.index) == [f for f in ("top", "rank", "value", "near") if f in families]
+        assert sorted(set(families), key=families.index) == [
+            f for f in ("top", "rank", "value", "near") if f in families
+        ]
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_card_with_next_to_no_activations(subject, bench, count):
     coder, index = bench
     page = index.page(0)
-    few = replace(page, stats={**page.stats, "count": count}, top=page.top[:count], quantiles=page.quantiles[:count], values=(), near_misses=())
-    fake = SimpleNamespace(page=lambda *a, **k: few, n_tokens=index.n_tokens, text=index.text, facts=index.facts, d_sae=index.d_sae)
+    few = replace(
+        page,
+        stats={**page.stats, "count": count},
+        top=page.top[:count],
+        quantiles=page.quantiles[:count],
+        values=(),
+        near_misses=(),
+    )
+    fake = SimpleNamespace(
+        page=lambda *a, **k: few, n_tokens=index.n_tokens, text=index.text, facts=index.facts, d_sae=index.d_sae
+    )
     made = card(subject, coder, fake, 0, near=0)
     assert check_view(made) and made.state == ("rare" if count else "dead") and read_live(made) == []
     assert ("never fired" if not count else "little evidence") in made.to_html()
@@ -186,7 +228,8 @@ def test_any_text_can_be_tried(subject, bench, text):
 
 
 def test_a_text_that_is_too_long_is_refused(subject, bench):
-    with pytest.raises(InputError): tried(subject, *bench, 3, "fox " * 5000)
+    with pytest.raises(InputError):
+        tried(subject, *bench, 3, "fox " * 5000)
 
 
 def read_live(made):
@@ -195,31 +238,65 @@ def read_live(made):
     return [each for each in read_html(live_html(made))[1] if not each.startswith(allowed)]
 
 
-texts, numbers = st.sampled_from(HOSTILE) | st.text(max_size=5), st.floats(width=32) | st.sampled_from([float("nan"), float("inf"), 0.0])
+texts, numbers = (
+    st.sampled_from(HOSTILE) | st.text(max_size=5),
+    st.floats(width=32) | st.sampled_from([float("nan"), float("inf"), 0.0]),
+)
 maybe = st.none() | numbers
 row = st.builds(Row, texts, numbers, maybe, maybe, texts, st.none() | st.integers(0, 9))
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(texts, numbers), max_size=5), st.builds(Ranking, texts, st.lists(row, max_size=4).map(tuple), texts, texts, maybe),
-       st.builds(Explanation, texts, texts, maybe, maybe, maybe, texts, st.integers(0, 9)), st.sampled_from(["", "top", "rank", "value", "near"]))
+@given(
+    st.lists(st.tuples(texts, numbers), max_size=5),
+    st.builds(Ranking, texts, st.lists(row, max_size=4).map(tuple), texts, texts, maybe),
+    st.builds(Explanation, texts, texts, maybe, maybe, maybe, texts, st.integers(0, 9)),
+    st.sampled_from(["", "top", "rank", "value", "near"]),
+)
 def test_any_card_is_lawful_and_its_live_html_is_safe(pairs, ranked, said, family):
     tokens, values = tuple(t for t, _ in pairs), tuple(v for _, v in pairs)
     window = Window(tokens, values, None if not pairs else len(pairs) // 2, HOSTILE[1], 3, 0)
-    made = LatentCard(3, {"count": 4, "density": 0.1}, 9, HOSTILE[5], activation_histogram([0, 1], [3]), None,
-                      (Group(HOSTILE[0], HOSTILE[1], (window,), family),), explanation=said, rankings=(ranked,), label=HOSTILE[1])
+    made = LatentCard(
+        3,
+        {"count": 4, "density": 0.1},
+        9,
+        HOSTILE[5],
+        activation_histogram([0, 1], [3]),
+        None,
+        (Group(HOSTILE[0], HOSTILE[1], (window,), family),),
+        explanation=said,
+        rankings=(ranked,),
+        label=HOSTILE[1],
+    )
     assert check_view(made) and read_live(made) == []
 
 
 def test_any_effect_is_lawful():
     changes = tuple(Change(token, 0.5, float("nan")) for token in HOSTILE)
-    check_view(TokenEffect(1, HOSTILE[0], float("nan"), HOSTILE[1], 1.0, float("inf"), changes, changes, None, 0, (1.0, -2.0), HOSTILE[5]))
+    check_view(
+        TokenEffect(
+            1,
+            HOSTILE[0],
+            float("nan"),
+            HOSTILE[1],
+            1.0,
+            float("inf"),
+            changes,
+            changes,
+            None,
+            0,
+            (1.0, -2.0),
+            HOSTILE[5],
+        )
+    )
     check_view(TokenEffect(1, "", 0.0))
 
 
 def test_setting_the_latent_opens_its_card_and_says_why_not(subject, bench):
     coder, index = bench
-    widget = live_card(subject, coder, index, 4, explain=lambda latent: Explanation(f"number {latent}") if latent == 9 else None)
+    widget = live_card(
+        subject, coder, index, 4, explain=lambda latent: Explanation(f"number {latent}") if latent == 9 else None
+    )
     widget.latent = 9
     assert widget.view.latent == 9 and "number 9" in widget.html and widget.problem == ""
     widget.latent = 4_000
@@ -238,7 +315,8 @@ def test_answers_are_about_the_latent_that_is_shown(subject, bench):
         widget.latent = latent
         group = next(i for i, each in enumerate(widget.view.groups) if each.windows)
         assert widget.answers["effect"](group=group, window=0, token=0).latent == latent
-    with pytest.raises(InputError): widget.answers["effect"](group=99, window=0, token=0)
+    with pytest.raises(InputError):
+        widget.answers["effect"](group=99, window=0, token=0)
 
 
 def test_bands_are_named_by_how_they_were_cut(bench):
@@ -255,6 +333,14 @@ def test_bands_are_named_by_how_they_were_cut(bench):
 
 
 def test_numbers_of_a_column_share_their_decimals():
-    assert [even(x, 1.5) for x in (1.5, 0.25, -0.5)] == ["1.50", "0.25", "-0.50"] and even(1e-9, 1.5) == "1e-9" and even(3, 5000) == "3"
+    assert (
+        [even(x, 1.5) for x in (1.5, 0.25, -0.5)] == ["1.50", "0.25", "-0.50"]
+        and even(1e-9, 1.5) == "1e-9"
+        and even(3, 5000) == "3"
+    )
     made = ranking([{"name": "a", "value": 0.5, "low": 0.4, "high": 0.6}], "t", full=1)
-    assert "40%" in ranking_html(made) and "60%" in ranking_html(made) and evidence(Explanation("x", score=0.5)) == "score 0.5"
+    assert (
+        "40%" in ranking_html(made)
+        and "60%" in ranking_html(made)
+        and evidence(Explanation("x", score=0.5)) == "score 0.5"
+    )
