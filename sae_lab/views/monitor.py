@@ -111,7 +111,7 @@ def _ticks(frame: Frame) -> list[tuple]:
     short = lambda v: number(v) if v < 1e4 or v >= 1e6 else f"{v / 1e3:g}k"
     return [(v, short(v)) for v in nice_ticks(*frame.x_range, 3)]
 
-# %% ../../nbs/09_views/23_monitor.ipynb #cf15e8bc
+# %% ../../nbs/09_views/23_monitor.ipynb #7aad2ac9
 def colour(view: MonitorView,   # a run
            coder: str,          # one of its coders
            ) -> str:            # in every panel
@@ -140,7 +140,7 @@ def _level(frame: Frame, name: str, value: Number, log: bool) -> str:
     y, right = frame.y(math.log10(value) if log else value), frame.width - frame.margin[1]
     dashed = (f'<path d="M{frame.margin[3]} {y:g}H{right}" stroke="currentColor" stroke-width="1" opacity=".6" '
               f'stroke-dasharray="1 3" fill="none"/>')
-    return dashed + label(right, y - 4 if y > frame.margin[0] + 14 else y + 12, name, "end")
+    return dashed + label(frame.margin[3] + 4, y - 4 if y > frame.margin[0] + 14 else y + 12, name, "start")
 
 # %% ../../nbs/09_views/23_monitor.ipynb #94c1ff01
 def _panel(view: MonitorView, quantity: str, most: int) -> str:

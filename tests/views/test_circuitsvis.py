@@ -48,7 +48,7 @@ def test_a_page_has_one_bundle_and_short_numbers():
     data = re.search(r'id="sl-cv-data">(.*?)</script>', page, re.S)[1]
     assert "<" not in data and len(json.loads(data)) == 3
     numbers = json.dumps(json.loads(data)[0]["props"]["attention"])
-    assert len(view.to_html()) < 60_000 and all(len(s) < 8 for s in re.findall(r"\d\.\d+", numbers))
+    assert len(view.to_html()) < 60_000 and all(len(s) < 10 for s in re.findall(r"\d\.\d+", numbers))
 
 
 def test_strongest_pairs_against_sorting():
