@@ -20,7 +20,7 @@ from sae_lab.training.fit import train
 from sae_lab.views.figures import SERIES, save_figures
 
 HERE = Path(__file__).resolve().parent
-HOOK, K, BATCH, FIT, READ, LEAST, LEVEL = "blocks.1.mlp.hook_post", 16, 1024, 150_000, 60_000, 30, 0.7
+HOOK, K, BATCH, FIT, READ, LEAST, LEVEL = "blocks.1.mlp.hook_post", 16, 1024, 400_000, 60_000, 30, 0.7
 SIZES = (512,)
 KINDS = ("topk",)
 FACTS = ("median", "low", "high", "share", "share_low", "share_high")
