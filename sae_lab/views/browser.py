@@ -115,13 +115,14 @@ def _check(table: LatentTable) -> None:
                              "one a latent", "give None where nothing is known")
     if table.sort and table.sort not in names: raise unknown("column", table.sort, names)
 
-# %% ../../nbs/09_views/22_browser.ipynb #1b9965e9
+# %% ../../nbs/09_views/22_browser.ipynb #fcc9c889
 def ordered(table: LatentTable, # any table
             ) -> list[int]:     # rows of it, the one shown first in front
     "The order in which a table begins."
     rows = list(range(len(table.latents)))
     if not table.sort: return rows
-    values = table.latents if table.sort == "latent" else next(c.values for c in table.columns if c.name == table.sort)
+    columns = {column.name: column.values for column in table.columns} | {"latent": table.latents}
+    values = columns[table.sort]
     some = [i for i in rows if known(values[i])]
     return sorted(some, key=values.__getitem__, reverse=True) + [i for i in rows if not known(values[i])]
 
@@ -144,7 +145,7 @@ def outline(cell: Any,          # a sparkline
         if tall: parts.append(f"M{i * step:g} {height}v-{tall}h{step - 1:g}v{tall}z")
     return f'<svg width="{width}" height="{height}" style="display:block"><path d="{"".join(parts)}" fill="#e70"/></svg>'
 
-# %% ../../nbs/09_views/22_browser.ipynb #84948694
+# %% ../../nbs/09_views/22_browser.ipynb #bea96731
 def _cell(column: Column, value: Any) -> str:
     if column.kind == "tokens": return f"<td>{chips(value)}</td>"
     if column.kind == "shape": return f"<td>{outline(value)}</td>"
@@ -173,7 +174,8 @@ def _table_html(table: LatentTable) -> str:
         if left < 0: break
     title = f'<b style="font-size:16px">{caption(table.title)}</b> ' if table.title else ""
     some = f"{len(table.latents):,} latents" + (f", {len(rows)} shown" if len(rows) < len(table.latents) else "")
-    head = f'<div>{title}<small style="opacity:.75">{some}{" · " if table.note else ""}{caption(table.note, 400)}</small></div>'
+    note = f" · {caption(table.note, 400)}" if table.note else ""
+    head = f'<div>{title}<small style="opacity:.75">{some}{note}</small></div>'
     style = f"font:12px/1.7 {SANS};border-collapse:collapse;white-space:pre;font-variant-numeric:tabular-nums"
     body = f'<table dir="ltr" cellpadding="5" style="{style}">{_head(table)}{"".join(rows)}</table>'
     return f'<div>{head}<div style="overflow-x:auto">{body}</div></div>'
@@ -194,14 +196,15 @@ def _table_text(table: LatentTable, most: int = 20) -> str:
     some = f"{len(table.latents):,} latents, {len(rows)} shown"
     return "\n".join([token_text(" · ".join(filter(None, (table.title, some, table.note))), 400), *lines])
 
-# %% ../../nbs/09_views/22_browser.ipynb #d473aa3f
+# %% ../../nbs/09_views/22_browser.ipynb #91260ce5
 def packed(table: LatentTable, # any table
            ) -> dict[str, Any]: # traits of the widget
     "A table as the browser reads it."
     n, meta, block, words = len(table.latents), [], [], []
     for column in table.columns:
         numeric = column.kind == "number"
-        facts = {"name": token_text(column.name, 60), "note": token_text(column.note, 200), "kind": column.kind, "bar": column.bar}
+        facts = {"name": token_text(column.name, 60), "note": token_text(column.note, 200), "kind": column.kind,
+                 "bar": column.bar}
         low, high = column.ends
         meta.append(facts | {"low": low, "high": high, "at": len(block if numeric else words)})
         if numeric: block.append([math.nan if v is None else v for v in column.values])

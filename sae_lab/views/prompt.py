@@ -20,27 +20,14 @@ from .browser import SEP, chips
 from .payload import AbstractPayload, Number, caption, token_text, views
 from .widget import AbstractWidget, static, widgets
 
-# %% ../../nbs/09_views/25_prompt.ipynb #a81117d7
+# %% ../../nbs/09_views/25_prompt.ipynb #ee39b45c
 METRICS = {"activation": "activation, model units",
            "quantile": "share of the latent's own activations that are weaker or equal",
            "effect": "next-token loss without it, change in nats",
            "total": "loss of all later tokens without it, change in nats"}
 
-def _example() -> "PromptView":
-    tokens, rng = ("<|endoftext|>", "The", " small", " fox", " saw", " a", " crow", " on", " the", " fence", "."), np.random.default_rng(3)
-    n, m = len(tokens), 14
-    at = np.repeat(np.arange(n), 4)
-    which = np.concatenate([np.sort(rng.choice(m, 4, replace=False)) for _ in range(n)])
-    strength, rank, effect = rng.gamma(2, 1, 4 * n), rng.uniform(0, 1, 4 * n), rng.normal(0, 0.2, 4 * n)
-    some = [None if i % 3 == 0 or at[i] in (0, n - 1) else float(effect[i]) for i in range(4 * n)]
-    words = ("fox", "crow", "the", "a", "saw", "small", ".")
-    return PromptView(tokens, (True, *[False] * (n - 1)), tuple(float(x) for x in rng.gamma(3, 1, n - 1)) + (None,),
-                      tuple(range(100, 100 + 7 * m, 7)), tuple(int(10 ** (1 + i / 4)) for i in range(m)),
-                      tuple(10 ** (i / 4 - 4) for i in range(m)), tuple(f" {words[i % 7]}{SEP} {words[(i + 3) % 7]}" for i in range(m)),
-                      tuple(at.tolist()), tuple(which.tolist()), tuple(strength.tolist()), tuple(rank.tolist()), tuple(some),
-                      tuple(None if x is None else 1.5 * x for x in some), "topk-128", "an example")
-
-@views.add("prompt", idea="for each token of a text the latents that fire, by three measures", example=_example)
+# %% ../../nbs/09_views/25_prompt.ipynb #1dc9df9f
+@views.add("prompt", idea="for each token of a text the latents that fire, by three measures", example=lambda: _example())
 @dataclass(frozen=True, repr=False)
 class PromptView(AbstractPayload):
     "The latents that fire on a text."
@@ -69,8 +56,9 @@ class PromptView(AbstractPayload):
 
     def rows(self) -> list[dict]: # one an entry
         columns = zip(self.at, self.which, self.activation, self.quantile, self.effect, self.total, strict=True)
-        return [{"position": at, "token": self.tokens[at], "latent": self.latents[j], "activation": a, "quantile": q, "n": self.counts[j],
-                 "density": self.density[j], "effect": e, "total": t} for at, j, a, q, e, t in columns]
+        return [{"position": at, "token": self.tokens[at], "latent": self.latents[j], "activation": a, "quantile": q,
+                 "n": self.counts[j], "density": self.density[j], "effect": e, "total": t}
+                for at, j, a, q, e, t in columns]
 
 def _check(view: PromptView) -> None:
     groups = {"token": ("tokens", "special", "loss"), "latent": ("latents", "counts", "density", "labels"),
@@ -81,6 +69,23 @@ def _check(view: PromptView) -> None:
     for name, most in (("at", len(view.tokens)), ("which", len(view.latents))):
         wrong = [i for i in getattr(view, name) if not 0 <= i < most]
         if wrong: raise InputError(f"{wrong[0]} in `{name}`", f"0 to {most - 1}", "count from 0")
+
+# %% ../../nbs/09_views/25_prompt.ipynb #b6320a7d
+def _example() -> "PromptView":
+    tokens = ("<|endoftext|>", "The", " small", " fox", " saw", " a", " crow", " on", " the", " fence", ".")
+    rng = np.random.default_rng(3)
+    n, m = len(tokens), 14
+    at = np.repeat(np.arange(n), 4)
+    which = np.concatenate([np.sort(rng.choice(m, 4, replace=False)) for _ in range(n)])
+    strength, rank, effect = rng.gamma(2, 1, 4 * n), rng.uniform(0, 1, 4 * n), rng.normal(0, 0.2, 4 * n)
+    some = [None if i % 3 == 0 or at[i] in (0, n - 1) else float(effect[i]) for i in range(4 * n)]
+    words = ("fox", "crow", "the", "a", "saw", "small", ".")
+    labels = tuple(f" {words[i % 7]}{SEP} {words[(i + 3) % 7]}" for i in range(m))
+    return PromptView(tokens, (True, *[False] * (n - 1)), tuple(float(x) for x in rng.gamma(3, 1, n - 1)) + (None,),
+                      tuple(range(100, 100 + 7 * m, 7)), tuple(int(10 ** (1 + i / 4)) for i in range(m)),
+                      tuple(10 ** (i / 4 - 4) for i in range(m)), labels,
+                      tuple(at.tolist()), tuple(which.tolist()), tuple(strength.tolist()), tuple(rank.tolist()), tuple(some),
+                      tuple(None if x is None else 1.5 * x for x in some), "topk-128", "an example")
 
 # %% ../../nbs/09_views/25_prompt.ipynb #261b47e7
 def entries(view: PromptView,        # what is shown
@@ -106,7 +111,7 @@ def peaks(view: PromptView,    # what is shown
         best.setdefault(view.which[i], i)
     return sorted(best, key=lambda j: (view.at[best[j]], -abs(view.activation[best[j]])))
 
-# %% ../../nbs/09_views/25_prompt.ipynb #be222ec0
+# %% ../../nbs/09_views/25_prompt.ipynb #367b24de
 SIDE, LEFT, TOP = 16, 150, 74  # pixels: of a cell, for the names of latents, for the tokens
 
 def heatmap(view: PromptView,            # what is shown
@@ -124,19 +129,22 @@ def heatmap(view: PromptView,            # what is shown
         if view.which[i] not in y or view.at[i] not in x: continue
         key = (value[i] > 0, math.ceil(8 * abs(value[i]) / most))
         shades[key] = shades.get(key, "") + f"M{x[view.at[i]]} {y[view.which[i]]}h15v15h-15z"
-    cells = "".join(f'<path d="{d}" fill="{"#e70" if up else "#17d"}" fill-opacity="{0.1 + 0.11 * k:.2f}"/>' for (up, k), d in shades.items())
-    below = "".join(f"M{x[view.at[i]] + 4} {y[view.which[i]] + 7}h7v1h-7z" for i in order if value[i] < 0 and view.which[i] in y and view.at[i] in x)
+    cells = "".join(f'<path d="{d}" fill="{"#e70" if up else "#17d"}" fill-opacity="{0.1 + 0.11 * k:.2f}"/>'
+                    for (up, k), d in shades.items())
+    below = "".join(f"M{x[view.at[i]] + 4} {y[view.which[i]] + 7}h7v1h-7z" for i in order
+                    if value[i] < 0 and view.which[i] in y and view.at[i] in x)
     cells += f'<path d="{below}"/>' if below else ""
     wide, high = LEFT + SIDE * len(columns) + 40, TOP + SIDE * len(rows) + 2
     says = f"{len(rows)} latents over {len(columns)} tokens by {METRICS[metric]}; the deepest shade is {number(most)}"
-    return (f'<svg viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" role="img" aria-label="{caption(says)}" fill="currentColor" '
-            f'style="display:block;font:10px {MONO}"><path d="M{LEFT} {TOP}h{SIDE * len(columns)}M{LEFT} {TOP}v{SIDE * len(rows)}" '
-            f'stroke="currentColor" opacity=".25"/>{_names(view, x, y)}{cells}</svg>')
+    return (f'<svg viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" role="img" aria-label="{caption(says)}" '
+            f'fill="currentColor" style="display:block;font:10px {MONO}"><path stroke="currentColor" opacity=".25" '
+            f'd="M{LEFT} {TOP}h{SIDE * len(columns)}M{LEFT} {TOP}v{SIDE * len(rows)}"/>'
+            f"{_names(view, x, y)}{cells}</svg>")
 
 def _names(view: PromptView, x: Mapping[int, int], y: Mapping[int, int]) -> str:
     "Tokens along the top, latents down the side."
-    along = "".join(f'<text x="{px + 4}" y="{TOP - 4}" transform="rotate(-60 {px + 4} {TOP - 4})">{_short(view.tokens[at], 10)}</text>'
-                    for at, px in x.items())
+    along = "".join(f'<text x="{px + 4}" y="{TOP - 4}" transform="rotate(-60 {px + 4} {TOP - 4})">'
+                    f"{_short(view.tokens[at], 10)}</text>" for at, px in x.items())
     down = "".join(f'<text x="{LEFT - 6}" y="{py + 11}" text-anchor="end">{_short(view.labels[j].split(SEP)[0], 12)} '
                    f'{view.latents[j]}</text>' for j, py in y.items())
     return along + down
@@ -146,7 +154,7 @@ def _short(token: str, most: int) -> str:
     text = token_text(token).strip()
     return caption(text if len(text) <= most else text[:most - 1] + "…")
 
-# %% ../../nbs/09_views/25_prompt.ipynb #02b623c1
+# %% ../../nbs/09_views/25_prompt.ipynb #134252ef
 def _best(view: PromptView, order: list[int], metric: str, n: int = 3) -> dict[int, str]:
     "For each token its first few latents, with their values."
     found, value = dict[int, list[str]](), getattr(view, metric)
@@ -159,15 +167,18 @@ def _best(view: PromptView, order: list[int], metric: str, n: int = 3) -> dict[i
 def _rows_html(view: PromptView, budget: int) -> tuple[str, int]:
     "Rows of the table that fit, and how many."
     shown = ("activation", "quantile", "effect")
-    best, rows = {metric: _best(view, entries(view, metric, special=True), metric) for metric in shown}, list[str]()
+    best = {metric: _best(view, entries(view, metric, special=True), metric) for metric in shown}
+    rows = list[str]()
     for at, token in enumerate(view.tokens):
         cells = "".join(f"<td>{best[metric].get(at, '–')}</td>" for metric in shown)
         grey = ' style="opacity:.6"' if view.special[at] else ""
-        rows.append(f'<tr{grey}><td align="right">{at}</td><td>{chips(token)}</td><td align="right">{number(view.loss[at], 2)}</td>{cells}</tr>')
+        rows.append(f'<tr{grey}><td align="right">{at}</td><td>{chips(token)}</td>'
+                    f'<td align="right">{number(view.loss[at], 2)}</td>{cells}</tr>')
         budget -= len(rows[-1].encode())
         if budget < 0: return "".join(rows[:-1]), len(rows) - 1
     return "".join(rows), len(rows)
 
+# %% ../../nbs/09_views/25_prompt.ipynb #01ab84d9
 def facts(view: PromptView, # what is shown
           ) -> str:         # one line
     "What was computed, and what not."
@@ -178,13 +189,17 @@ def facts(view: PromptView, # what is shown
 
 def _prompt_html(view: PromptView) -> str:
     title = f'<b style="font-size:16px">{caption(view.title)}</b> ' if view.title else ""
-    drawn = next((svg for n in (view.shown, 12, 4) if len((svg := heatmap(view, "activation", n)).encode()) < 0.6 * view.budget), "")
+    tried = (heatmap(view, "activation", n) for n in (view.shown, 12, 4))
+    drawn = next((svg for svg in tried if len(svg.encode()) < 0.6 * view.budget), "")
     rows, n = _rows_html(view, view.budget - len(drawn.encode()) - 2_000)
-    left = f"<div><small>{len(view.tokens) - n} further tokens are not in the table.</small></div>" if n < len(view.tokens) else ""
-    names = "".join(f'<th align="{side}">{name}</th>' for side, name in (
-        ("right", "#"), ("left", "token"), ("right", "loss"), ("left", "by activation"), ("left", "by quantile"), ("left", "by next-token loss effect")))
+    more = len(view.tokens) - n
+    left = f"<div><small>{more} further tokens are not in the table.</small></div>" if more else ""
+    heads = {"#": "right", "token": "left", "loss": "right", "by activation": "left", "by quantile": "left",
+             "by next-token loss effect": "left"}
+    names = "".join(f'<th align="{side}">{name}</th>' for name, side in heads.items())
     style = f"font:12px/1.6 {SANS};border-collapse:collapse;white-space:pre;font-variant-numeric:tabular-nums"
-    body = f'<table dir="ltr" cellpadding="4" style="{style}"><tr style="border-bottom:1px solid #8888">{names}</tr>{rows}</table>'
+    head = f'<tr style="border-bottom:1px solid #8888">{names}</tr>'
+    body = f'<table dir="ltr" cellpadding="4" style="{style}">{head}{rows}</table>'
     return (f'<div><div>{title}<small style="opacity:.75">{caption(facts(view), 600)}</small></div>'
             f'<div style="overflow-x:auto">{drawn}</div><div style="overflow-x:auto">{body}</div>{left}</div>')
 
@@ -196,12 +211,13 @@ def _prompt_text(view: PromptView) -> str:
         lines.append(f"{at:>4} {token_text(token, 16):16} {found}".rstrip())
     return "\n".join(token_text(line, 400) for line in lines)
 
-# %% ../../nbs/09_views/25_prompt.ipynb #3e966fce
+# %% ../../nbs/09_views/25_prompt.ipynb #775abcf1
 def packed(view: PromptView,  # any
            ) -> dict[str, Any]: # traits of the widget
     "A prompt view as the browser reads it."
     columns = [getattr(view, name) for name in ("at", "which", *METRICS)]
-    block = np.array([[math.nan if x is None else x for x in column] for column in columns], "<f4").reshape(6, len(view.at))
+    known = [[math.nan if x is None else x for x in column] for column in columns]
+    block = np.array(known, "<f4").reshape(6, len(view.at))
     words = [SEP.join(token_text(part, 24) for part in label.split(SEP)[:4]) for label in view.labels]
     return {"numbers": block.tobytes(),
             "facts": {"tokens": [token_text(token, 40) for token in view.tokens], "special": list(view.special),
@@ -212,8 +228,9 @@ def packed(view: PromptView,  # any
 def _finite(x: Number | None) -> Number | None:
     return x if x is not None and math.isfinite(x) else None
 
-# %% ../../nbs/09_views/25_prompt.ipynb #79142b55
-@widgets.add("prompt", idea="for each token of a text the latents that fire", example=lambda: PromptWidget(_example(), token=3))
+# %% ../../nbs/09_views/25_prompt.ipynb #605caedc
+@widgets.add("prompt", idea="for each token of a text the latents that fire",
+             example=lambda: PromptWidget(_example(), token=3))
 class PromptWidget(AbstractWidget):
     "The latents of a text: by token, by measure, as a heatmap."
     _esm = static("base.js", "numbers.js", "prompt.js")
@@ -229,10 +246,10 @@ class PromptWidget(AbstractWidget):
     can = traitlets.List(traitlets.Unicode()).tag(sync=True)  # what the kernel answers: "read", "effects"
 
     def __init__(self,
-                 view: PromptView,                                              # what is shown
-                 read: Callable[[str], PromptView] | None = None,               # view of another text
-                 effects: Callable[[PromptView, int], PromptView] | None = None, # the same with every effect at a token
-                 **traits: Any):                                                # selected, token, metric, most, begin, lines
+                 view: PromptView,                                # what is shown
+                 read: Callable[[str], PromptView] | None = None, # view of another text
+                 effects: Callable[[PromptView, int], PromptView] | None = None, # with every effect at a token
+                 **traits: Any):                                  # selected, token, metric, most, begin, lines
         asked = {"read": read and (lambda text: self._now(read(text))),
                  "effects": effects and (lambda token: self._now(effects(self.view, token)))}
         answers = {name: answer for name, answer in asked.items() if answer}

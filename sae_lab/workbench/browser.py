@@ -89,7 +89,7 @@ def _numbers(values: Any) -> tuple[float | int | None, ...]:
     given = values.tolist() if hasattr(values, "tolist") else list(values)
     return tuple(None if v is None or v != v else v for v in given)
 
-# %% ../../nbs/10_lab/04_browser.ipynb #40d626a6
+# %% ../../nbs/10_lab/04_browser.ipynb #f7c39ecc
 BINS = 12  # of the outline of a histogram
 
 def shapes(index: FeatureIndex, # an open index
@@ -107,14 +107,15 @@ def stat_columns(index: FeatureIndex, # an open index
     state = np.select([~alive, stats["count"] < RARE, stats["density"] > DENSE], ["dead", "rare", "dense"], "")
     seen = {name: np.where(alive, stats[name], np.nan) for name in ("mean", "max")}
     tokens = f"of {index.n_tokens:,} tokens"
-    return [Column("state", tuple(state.tolist()), "text", f"dead: never fired, rare: under {RARE} times, dense: over {DENSE:.0%}"),
+    about = f"dead: never fired, rare: under {RARE} times, dense: over {DENSE:.0%}"
+    return [Column("state", tuple(state.tolist()), "text", about),
             Column("density", _numbers(stats["density"]), note=f"share {tokens}", bar="log"),
             Column("count", _numbers(stats["count"]), note=f"tokens on which it fires, {tokens}"),
             Column("max", _numbers(seen["max"]), note="largest activation, model units", bar="linear"),
             Column("mean", _numbers(seen["mean"]), note="mean activation where it fires, model units", bar="linear"),
             Column("docs", _numbers(stats["docs"]), note="documents in which it fires")]
 
-# %% ../../nbs/10_lab/04_browser.ipynb #3e332110
+# %% ../../nbs/10_lab/04_browser.ipynb #2cd382eb
 def latent_table(coder: AbstractCoder,                     # the dictionary
                  index: FeatureIndex,                      # its index
                  subject: Subject | None = None,           # for what latents promote; None: without
@@ -127,7 +128,8 @@ def latent_table(coder: AbstractCoder,                     # the dictionary
         raise ShapeError(f"an index of {index.d_sae} latents", f"{coder.d_sae}, as the coder has", "pass its own index")
     words, shares = top_words(index)
     raised = promoted(subject, coder) if subject is not None else None
-    named = [Column("label", tuple((labels or {}).get(i) for i in range(coder.d_sae)), "text", "given")] if labels else []
+    given = tuple((labels or {}).get(i) for i in range(coder.d_sae))
+    named = [Column("label", given, "text", "given")] if labels else []
     first = Column("histogram", shapes(index), "shape", "histogram from 0 to its largest, log counts")
     top = Column("top tokens", tuple(words), "tokens", "carry most of its summed activation")
     lifts = [Column("promotes", tuple(raised), "tokens", "logits raised most, directly")] if raised else []
@@ -135,13 +137,14 @@ def latent_table(coder: AbstractCoder,                     # the dictionary
     more = [_extra(name, values) for name, values in (extra or {}).items()]
     where = ", ".join(coder.spec.hooks_in) or "no hook named"
     note = f"{where} · {index.facts['corpus'].get('source', 'corpus')} · {index.n_tokens:,} tokens"
-    return LatentTable(tuple(range(coder.d_sae)), (*named, first, top, *lifts, *stat_columns(index), part, *weight_columns(coder), *more),
-                       title or f"{coder.spec.kind} {coder.d_sae:,}", note, "count")
+    columns = (*named, first, top, *lifts, *stat_columns(index), part, *weight_columns(coder), *more)
+    return LatentTable(tuple(range(coder.d_sae)), columns, title or f"{coder.spec.kind} {coder.d_sae:,}", note, "count")
 
 def _extra(name: str, values: Any) -> Column:
     given = _numbers(values)
     text = any(isinstance(value, str) for value in given)
-    return Column(name, tuple(None if v is None else str(v) for v in given) if text else given, "text" if text else "number")
+    if not text: return Column(name, given)
+    return Column(name, tuple(None if v is None else str(v) for v in given), "text")
 
 # %% ../../nbs/10_lab/04_browser.ipynb #f179c47f
 def browser(coder: AbstractCoder,                     # the dictionary

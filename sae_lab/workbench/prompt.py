@@ -110,7 +110,7 @@ def top_words(index: FeatureIndex, # of the coder
     total = np.bincount(place.reshape(-1), np.abs(value), minlength=len(token))
     return SEP.join(index.text.string(int(t)) for t in token[np.argsort(-total, kind="stable")[:n]])
 
-# %% ../../nbs/10_lab/05_prompt.ipynb #2a7db74a
+# %% ../../nbs/10_lab/05_prompt.ipynb #2c5d4c2e
 def prompt_view(subject: Subject,        # the model
                 coder: AbstractCoder,    # its dictionary
                 index: FeatureIndex,     # the coder's index: quantiles, densities, words
@@ -134,7 +134,8 @@ def prompt_view(subject: Subject,        # the model
     guess = estimated(subject, coder, tokens, hooks, row, latent, value)
     wanted = [not each and at < len(special) - 1 for at, each in enumerate(special)]
     view = _entries(subject, index, tokens, special, row.cpu(), latent.cpu(), value.cpu())
-    where = f"{', '.join(hooks.read)} · the {effects} of each token with the largest first-order estimate · quantiles and densities over {index.n_tokens:,} tokens"
+    where = (f"{', '.join(hooks.read)} · the {effects} of each token with the largest first-order estimate · "
+             f"quantiles and densities over {index.n_tokens:,} tokens")
     view = replace(view, ids=tuple(tokens[0].tolist()), title=title or f"{coder.spec.kind} {coder.d_sae:,}", note=where)
     return with_effects(subject, coder, view, candidates(guess, row.cpu(), wanted, effects), hook)
 
@@ -146,7 +147,8 @@ def _entries(subject, index, tokens, special, row, latent, value) -> PromptView:
         ranks[which == place] = quantile(index, j, strength[which == place])
     stats, unknown = index.stats, (None,) * len(latent)
     numbers = [int(j) for j in latents]
-    return PromptView(tuple(subject.strings(tokens[0])), tuple(special), (*subject.loss(tokens)[0].tolist(), None), tuple(numbers),
+    loss = (*subject.loss(tokens)[0].tolist(), None)
+    return PromptView(tuple(subject.strings(tokens[0])), tuple(special), loss, tuple(numbers),
                       tuple(int(stats["count"][j]) for j in numbers), tuple(float(stats["density"][j]) for j in numbers),
                       tuple(top_words(index, j) for j in numbers), tuple(row.tolist()), tuple(which.tolist()),
                       tuple(strength.tolist()), tuple(ranks.tolist()), unknown, unknown)

@@ -1,4 +1,5 @@
 "The table of latents: lawful whatever it holds, within its budget, ordered as said, sent whole to the browser."
+
 import json
 import math
 
@@ -11,8 +12,21 @@ from sae_lab.ground.errors import InputError, UnknownName
 from sae_lab.views.browser import SEP, BrowserWidget, Column, LatentTable, known, ordered, packed
 from sae_lab.views.payload import check_view, read_html
 
-HOSTILE = ("</script>", "<img src=x onerror=alert(1)>", "\u202eabc", "\ud83d", "\r\n\t", "\x00\x1b[31m", "", " ", "🦊",
-           '" onmouseover="alert(1)', "x" * 10_000, "</td></table>", SEP)
+HOSTILE = (
+    "</script>",
+    "<img src=x onerror=alert(1)>",
+    "\u202eabc",
+    "\ud83d",
+    "\r\n\t",
+    "\x00\x1b[31m",
+    "",
+    " ",
+    "🦊",
+    '" onmouseover="alert(1)',
+    "x" * 10_000,
+    "</td></table>",
+    SEP,
+)
 texts = st.none() | st.text(st.characters(), max_size=8) | st.sampled_from(HOSTILE)
 numbers = st.none() | st.floats(width=32) | st.integers(0, 10**7) | st.sampled_from([math.nan, math.inf, -math.inf, 0])
 
@@ -22,9 +36,13 @@ def tables(draw):
     n = draw(st.integers(0, 6))
     number = tuple(draw(st.lists(numbers, min_size=n, max_size=n)))
     words = [tuple(draw(st.lists(texts, min_size=n, max_size=n))) for _ in range(3)]
-    columns = (Column("a", number, bar=draw(st.sampled_from(["", "linear", "log"])), note=draw(texts) or ""),
-               *(Column(f"b{i}", w, kind) for i, (w, kind) in enumerate(zip(words, ("text", "tokens", "shape")))))
-    return LatentTable(tuple(range(n)), columns, draw(texts) or "", draw(texts) or "", draw(st.sampled_from(["", "a", "latent", "b0"])))
+    columns = (
+        Column("a", number, bar=draw(st.sampled_from(["", "linear", "log"])), note=draw(texts) or ""),
+        *(Column(f"b{i}", w, kind) for i, (w, kind) in enumerate(zip(words, ("text", "tokens", "shape")))),
+    )
+    return LatentTable(
+        tuple(range(n)), columns, draw(texts) or "", draw(texts) or "", draw(st.sampled_from(["", "a", "latent", "b0"]))
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -47,17 +65,21 @@ def test_largest_first_and_unknown_last(values):
     table = LatentTable(tuple(range(len(values))), (Column("a", tuple(values)),), sort="a")
     shown = [values[i] for i in ordered(table)]
     some = [v for v in shown if known(v)]
-    assert some == sorted(some, reverse=True) and not any(known(v) for v in shown[len(some):])
+    assert some == sorted(some, reverse=True) and not any(known(v) for v in shown[len(some) :])
 
 
 @pytest.mark.parametrize("token", HOSTILE)
 def test_hostile_tokens_are_text(token):
     column = (SEP.join([token] * 6),) * 60
-    table = LatentTable(tuple(range(60)), (Column("t", column, "tokens"), Column(token or "x", (token,) * 60, "text")), token, token)
+    table = LatentTable(
+        tuple(range(60)), (Column("t", column, "tokens"), Column(token or "x", (token,) * 60, "text")), token, token
+    )
     check_view(table)
     html = table.to_html()
     assert "<script" not in html and "<img" not in html and len(html.encode()) < 60_000
-    assert "<" not in packed(table)["title"].replace("<img src=x onerror=alert(1)>", "").replace("</script>", "").replace("</td></table>", "")
+    assert "<" not in packed(table)["title"].replace("<img src=x onerror=alert(1)>", "").replace(
+        "</script>", ""
+    ).replace("</td></table>", "")
 
 
 def test_static_html_says_how_many():
@@ -68,11 +90,16 @@ def test_static_html_says_how_many():
 
 
 def test_wrong_tables_are_refused():
-    with pytest.raises(InputError): LatentTable((1,), (Column("a", (1.0, 2.0)),))
-    with pytest.raises(InputError): LatentTable((1,), (Column("a", (1.0,)), Column("a", (1.0,))))
-    with pytest.raises(InputError): Column("a", (1.0,), "text")
-    with pytest.raises(UnknownName): Column("a", (1.0,), "colour")
-    with pytest.raises(UnknownName): LatentTable((1,), (Column("a", (1.0,)),), sort="b")
+    with pytest.raises(InputError):
+        LatentTable((1,), (Column("a", (1.0, 2.0)),))
+    with pytest.raises(InputError):
+        LatentTable((1,), (Column("a", (1.0,)), Column("a", (1.0,))))
+    with pytest.raises(InputError):
+        Column("a", (1.0,), "text")
+    with pytest.raises(UnknownName):
+        Column("a", (1.0,), "colour")
+    with pytest.raises(UnknownName):
+        LatentTable((1,), (Column("a", (1.0,)),), sort="b")
 
 
 def test_the_widget_keeps_what_a_person_chose():
@@ -80,4 +107,6 @@ def test_the_widget_keeps_what_a_person_chose():
     widget = BrowserWidget(table, selected=5, pinned=[3], filters={"a": "> 1"})
     assert widget.found == [5, 3]
     widget.show(LatentTable((7, 8, 9), (Column("a", (1.0, 2.0, 3.0)),)))
-    assert widget.selected == 5 and widget.pinned == [3] and widget.filters == {"a": "> 1"} and widget.found == [7, 8, 9]
+    assert (
+        widget.selected == 5 and widget.pinned == [3] and widget.filters == {"a": "> 1"} and widget.found == [7, 8, 9]
+    )

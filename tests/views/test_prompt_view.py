@@ -1,4 +1,5 @@
 "The prompt view: lawful whatever it holds; loss effects and quantiles equal an independent computation."
+
 import math
 
 import numpy as np
@@ -17,7 +18,18 @@ from sae_lab.views.payload import check_view
 from sae_lab.views.prompt import METRICS, PromptView, PromptWidget, entries, packed, peaks
 from sae_lab.workbench.prompt import ablated, prompt, prompt_view, quantile, top_words
 
-HOSTILE = ("</script>", "<img src=x onerror=alert(1)>", "\u202eabc", "\ud83d", "\r\n\t", "\x00", "", " ", "x" * 10_000, '" onload="x')
+HOSTILE = (
+    "</script>",
+    "<img src=x onerror=alert(1)>",
+    "\u202eabc",
+    "\ud83d",
+    "\r\n\t",
+    "\x00",
+    "",
+    " ",
+    "x" * 10_000,
+    '" onload="x',
+)
 texts = st.text(st.characters(), max_size=6) | st.sampled_from(HOSTILE)
 numbers = st.floats(width=32)
 maybe = st.none() | numbers
@@ -28,10 +40,26 @@ def prompts(draw):
     n, m = draw(st.integers(1, 5)), draw(st.integers(0, 4))
     size = draw(st.integers(0, 12)) if m else 0
 
-    def some(each, k): return tuple(draw(st.lists(each, min_size=k, max_size=k)))
-    return PromptView(some(texts, n), some(st.booleans(), n), some(maybe, n), some(st.integers(0, 10**6), m), some(st.integers(0, 9), m),
-                      some(maybe, m), some(texts, m), some(st.integers(0, n - 1), size), some(st.integers(0, max(m - 1, 0)), size),
-                      some(numbers, size), some(maybe, size), some(maybe, size), some(maybe, size), draw(texts), draw(texts))
+    def some(each, k):
+        return tuple(draw(st.lists(each, min_size=k, max_size=k)))
+
+    return PromptView(
+        some(texts, n),
+        some(st.booleans(), n),
+        some(maybe, n),
+        some(st.integers(0, 10**6), m),
+        some(st.integers(0, 9), m),
+        some(maybe, m),
+        some(texts, m),
+        some(st.integers(0, n - 1), size),
+        some(st.integers(0, max(m - 1, 0)), size),
+        some(numbers, size),
+        some(maybe, size),
+        some(maybe, size),
+        some(maybe, size),
+        draw(texts),
+        draw(texts),
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -48,9 +76,12 @@ def test_any_prompt_is_lawful(view, metric):
 
 
 def test_wrong_prompts_are_refused():
-    with pytest.raises(ShapeError): PromptView(("a",), (), (None,), (), (), (), ())
-    with pytest.raises(InputError): PromptView(("a",), (False,), (None,), (), (), (), (), (3,), (0,), (1.0,), (None,), (None,), (None,))
-    with pytest.raises(UnknownName): entries(PromptView(("a",), (False,), (None,), (), (), (), ()), "colour")
+    with pytest.raises(ShapeError):
+        PromptView(("a",), (), (None,), (), (), (), ())
+    with pytest.raises(InputError):
+        PromptView(("a",), (False,), (None,), (), (), (), (), (3,), (0,), (1.0,), (None,), (None,), (None,))
+    with pytest.raises(UnknownName):
+        entries(PromptView(("a",), (False,), (None,), (), (), (), ()), "colour")
 
 
 @pytest.fixture(scope="module", params=["topk", "gated"])
@@ -62,7 +93,12 @@ def bench(request, tmp_path_factory):
     coder = make(request.param, d_in=subject.hooks[hook], d_sae=96, seed=1, **size)
     coder.spec = coder.spec.with_(hooks_in=(hook,), subject=subject.identity)
     source, folder = Stream(subject, tokens, (hook,), seed=None), tmp_path_factory.mktemp("index") / "index"
-    return subject, coder, FeatureIndex.build(coder, source, tokens, folder, subject.strings(range(subject.d_vocab))), hook
+    return (
+        subject,
+        coder,
+        FeatureIndex.build(coder, source, tokens, folder, subject.strings(range(subject.d_vocab))),
+        hook,
+    )
 
 
 def by_hand(subject, coder, ids, hook, at, latent):
@@ -75,6 +111,7 @@ def by_hand(subject, coder, ids, hook, at, latent):
             act = act.clone()
             act[0, at] -= part
             return act
+
         logits = subject.model.run_with_hooks(ids, fwd_hooks=[(hook, edit)], return_type="logits")
         clean = subject.model.run_with_hooks(ids, fwd_hooks=[], return_type="logits")
         loss = [-each[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0] for each in (logits, clean)]
@@ -92,7 +129,7 @@ def test_loss_effects_equal_an_independent_computation(bench):
         change = by_hand(subject, coder, ids, hook, view.at[i], view.latents[view.which[i]])
         assert math.isclose(view.effect[i], change[view.at[i]], abs_tol=2e-5)
         assert math.isclose(view.total[i], change.sum(), abs_tol=2e-4)
-        assert change[:view.at[i]].abs().max() < 1e-5  # nothing before it moves
+        assert change[: view.at[i]].abs().max() < 1e-5  # nothing before it moves
 
 
 def test_batches_do_not_matter(bench):
@@ -108,8 +145,10 @@ def test_what_fires_is_what_the_coder_says(bench):
     subject, coder, index, hook = bench
     view = prompt_view(subject, coder, index, "A crow said nothing.", effects=0)
     dense = np.zeros((len(view.tokens), coder.d_sae), np.float32)
-    for row in view.rows(): dense[row["position"], row["latent"]] = row["activation"]
-    with torch.no_grad(): own = coder.encode(subject.run(torch.tensor([view.ids]), hook)[hook][0]).dense()
+    for row in view.rows():
+        dense[row["position"], row["latent"]] = row["activation"]
+    with torch.no_grad():
+        own = coder.encode(subject.run(torch.tensor([view.ids]), hook)[hook][0]).dense()
     assert np.allclose(dense, own.numpy()) and not any(x is not None for x in view.effect)
     assert view.loss[:-1] == pytest.approx(subject.loss(torch.tensor([view.ids]))[0].tolist()) and view.loss[-1] is None
 
@@ -131,8 +170,10 @@ def test_one_token_and_no_token(bench):
     view = prompt_view(subject, coder, index, "", bos=True)
     assert len(view.tokens) == 1 and view.loss == (None,) and check_view(view)
     assert PromptWidget(view).html
-    with pytest.raises(InputError): prompt_view(subject, coder, index, "", bos=False)
-    with pytest.raises(ShapeError): prompt_view(subject, make("topk", d_in=subject.hooks[hook], d_sae=32, k=2), index, "a", hook=hook)
+    with pytest.raises(InputError):
+        prompt_view(subject, coder, index, "", bos=False)
+    with pytest.raises(ShapeError):
+        prompt_view(subject, make("topk", d_in=subject.hooks[hook], d_sae=32, k=2), index, "a", hook=hook)
 
 
 def test_the_kernel_answers(bench):
@@ -142,4 +183,5 @@ def test_the_kernel_answers(bench):
     assert all(x is not None for x, at in zip(widget.view.effect, widget.view.at) if at == 2) and widget.token == 2
     widget.answers["read"](text="A crow.")
     assert widget.view.tokens[1] == "A" and widget.token == -1 and widget.metric == "effect"
-    with pytest.raises(InputError): widget.answers["read"](text=" fox" * 5_000)
+    with pytest.raises(InputError):
+        widget.answers["read"](text=" fox" * 5_000)
