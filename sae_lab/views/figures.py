@@ -7,7 +7,7 @@ __all__ = ['WIDTHS', 'POINT', 'CONFIG', 'DASHES', 'ZOOM', 'SHEET', 'IMAGES', 'pa
            'missing_browser', 'missing_converter', 'sheet', 'print_pdf', 'convert', 'SavedFigures', 'save_figures',
            'load_figure']
 
-# %% ../../nbs/09_views/07_figures.ipynb #050f47d8
+# %% ../../nbs/09_views/07_figures.ipynb #de054366
 import csv
 import importlib.util
 import io
@@ -19,11 +19,11 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..ground.errors import InputError, Unavailable, unknown
 from ..ground.files import atomic, write_json
 from ..ground.html import SERIES, table
@@ -168,7 +168,7 @@ def missing_converter() -> str: # why a PDF cannot become SVG and PNG; "" when i
     "Say what is missing to convert a PDF."
     return "" if shutil.which("pdftocairo") else "pdftocairo was not found (Debian has it in poppler-utils)"
 
-# %% ../../nbs/09_views/07_figures.ipynb #08dd3443
+# %% ../../nbs/09_views/07_figures.ipynb #153fe100
 ZOOM = 0.65  # size in print for a size on the screen
 SHEET = """<!DOCTYPE html>
 <html lang="en" style="color-scheme:light"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -194,6 +194,7 @@ def sheet(item: Any,           # a payload or a plotly figure in the look of a p
     zoom, page_width = ZOOM if view else 1, round(96 * inches, 1)
     return SHEET.format(title=caption(title), zoom=zoom, wide=round(page_width / zoom, 1), page=page_width, inner=inner)
 
+# %% ../../nbs/09_views/07_figures.ipynb #8a32826a
 def print_pdf(html: str,   # a whole document
               path: Path,  # file to write
               ) -> None:   # nothing
@@ -292,12 +293,12 @@ def _drawable(item: Any, inches: float) -> Any:
     if not isinstance(item, AbstractPayload): return paper(item, inches)
     return figure(item, inches) if isinstance(item, HistogramChart | TrainingCurves) else item
 
-# %% ../../nbs/09_views/07_figures.ipynb #b4edd262
+# %% ../../nbs/09_views/07_figures.ipynb #8c8f080d
 def _write_data(item: Any, stem: Path, provenance: dict | None) -> tuple[Path, ...]:
     "The files that need no browser: HTML, CSV, JSON."
     view = isinstance(item, AbstractPayload)
     whole = {"payload": item.to_exact()} if view else {"plotly": json.loads(item.to_json())}
-    facts = {"provenance": plain(provenance or {}), "kind": type(item).__name__, "version": __version__,
+    facts = {"provenance": plain(provenance or {}), "kind": type(item).__name__, "version": version("sae_lab"),
              "files": stem.name}
     return (_write_text(stem.with_name(stem.name + ".html"), _as_html(item, stem.name)),
             _write_text(stem.with_name(stem.name + ".csv"), to_csv(drawn(item))),
