@@ -15,6 +15,8 @@ from sae_lab.views.figures import SERIES, save_figures
 HERE = Path(__file__).resolve().parent
 HOOK, SIZES, K, FIT, READ = "blocks.1.mlp.hook_post", (512, 4096, 16384), 32, 400_000, 200_000
 
+STATES = ("kept", "split", "absorbed", "novel", "rare")
+
 
 def found(folder: Path) -> tuple[Splitting, float]:
     "The splitting of the ladder, and the seconds of processor time that it took."
@@ -34,13 +36,12 @@ def rows(made: Splitting) -> pd.DataFrame:
     for level in table.level:
         here = made.states[made.states.level == level + 1]
         shown = made.edges[made.edges.shown & (made.edges.level == level)]
-        facts = {f"{state}": int((here.state == state).sum()) for state in ("kept", "split", "absorbed", "novel", "rare")}
-        facts |= {"edges": len(shown), "childless": int(((made.states.level == level) & (made.states.children == 0)
-                                                         & (made.states.state != "rare")).sum())}
+        parents = made.states[(made.states.level == level) & (made.states.state != "rare")]
+        facts = {state: int((here.state == state).sum()) for state in STATES}
+        facts |= {"edges": len(shown), "childless": int((parents.children == 0).sum())}
         facts |= {name: round(float(shown[name].median()), 4) for name in ("cosine", "correlation", "given", "reverse")}
         table.loc[table.level == level, list(facts)] = list(facts.values())
-    counts = ["kept", "split", "absorbed", "novel", "rare", "edges", "childless"]
-    return table.astype(dict.fromkeys(counts, int)).round(5)
+    return table.astype(dict.fromkeys([*STATES, "edges", "childless"], int)).round(5)
 
 
 def histogram(made: Splitting) -> pd.DataFrame:
@@ -77,11 +78,11 @@ def _short(value: object) -> str:
 PAGE = """# Splitting
 
 Dictionaries of {sizes} latents with {k} a token (`topk`, one seed) at `{hook}` of the bundled subject, trained on
-{fit:,} tokens and read on {read:,} others. An edge joins a latent of one dictionary with one of the next. It is shown when
-decoder cosine, activation correlation and P(parent | child) all exceed what chance gives (the p-value is the largest of
+{fit:,} tokens and read on {read:,} others. An edge joins a latent of one dictionary with one of the next. It is shown
+when decoder cosine, activation correlation and P(parent | child) all exceed what chance gives (p is the largest of
 the three; Benjamini and Hochberg over all {tests:,} pairs, false discovery rate at most {fdr:.0%}) and the child fires
-inside the parent: (P(parent | child) - P(parent)) / (1 - P(parent)) is at least {least}. A latent that fires on fewer than
-{count} tokens is not judged.
+inside the parent: (P(parent | child) - P(parent)) / (1 - P(parent)) is at least {least}. A latent that fires on fewer
+than {count} tokens is not judged.
 
 ## Children of a latent
 Mean number of shown children, with a bootstrap interval over the latents that can be judged.
@@ -113,11 +114,12 @@ python docs/bench/splitting.py
 def draw(made: Splitting, seconds: float, commit: str, out: Path) -> None:
     "Table, page and figure; the figure needs Chromium."
     table = rows(made)
-    table.assign(seconds=round(seconds, 1), commit=commit).to_csv(out / "splitting.csv", index=False, lineterminator="\n")
-    states = ["level", "kept", "split", "absorbed", "novel", "rare", "edges", "childless", "cosine", "correlation", "given",
-              "reverse"]
+    facts = table.assign(seconds=round(seconds, 1), commit=commit)
+    facts.to_csv(out / "splitting.csv", index=False, lineterminator="\n")
+    states = ["level", *STATES, "edges", "childless", "cosine", "correlation", "given", "reverse"]
     page = PAGE.format(sizes=" / ".join(f"{size:,}" for size in made.sizes), k=K, hook=HOOK, fit=FIT,
-                       read=made.rules["tokens"], tests=sum(made.rules["tests"]), fdr=made.fdr, least=made.rules["least"],
+                       read=made.rules["tokens"], tests=sum(made.rules["tests"]), fdr=made.fdr,
+                       least=made.rules["least"],
                        count=made.rules["count"], seconds=seconds, nulls=markdown(made.nulls),
                        children=markdown(table[["size", "into", "mean", "low", "high", "n"]]),
                        states=markdown(table[states]))

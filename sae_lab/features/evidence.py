@@ -22,13 +22,13 @@ from torch import Tensor
 from .products import margins
 from ..ground.errors import InputError, ShapeError
 
-# %% ../../nbs/05_features/055_evidence.ipynb #7ab99393
+# %% ../../nbs/05_features/055_evidence.ipynb #3fe6aeb2
 STEPS = np.geomspace(1, 1e4, 465)  # lower edges of the bins of a statistic
 
 def tally(statistic: Float[np.ndarray, "n"], # of the pairs at or above the first step, or of more
           stratum: Int[np.ndarray, "n"],     # of each pair
-          pairs: Int[np.ndarray, "s"],       # all pairs of each stratum
-          ) -> Int64[np.ndarray, "s m"]:     # pairs by stratum and bin; bin 0 holds those below the first step
+          pairs: Int[np.ndarray, "m"],       # all pairs of each stratum
+          ) -> Int64[np.ndarray, "m bins"]:     # pairs by stratum and bin; bin 0 holds those below the first step
     "Count a statistic by stratum and bin."
     high = statistic >= STEPS[0]
     place = np.searchsorted(STEPS, statistic[high], side="right")
@@ -40,7 +40,7 @@ def tally(statistic: Float[np.ndarray, "n"], # of the pairs at or above the firs
 @dataclass(frozen=True, eq=False)
 class Tail:
     "How often chance reaches a value."
-    count: Int64[np.ndarray, "s m"]      # null pairs by stratum and bin, as from `tally`
+    count: Int64[np.ndarray, "m bins"]      # null pairs by stratum and bin, as from `tally`
 
     def p(self,
           statistic: Float[np.ndarray, "n"], # found
@@ -121,7 +121,7 @@ def _facts(evidence: str, null: str, draws: int, sample, top) -> dict:
     low, middle, high = np.quantile(np.concatenate([*sample]), [.5, .95, .99]).tolist()
     return {"evidence": evidence, "null": null, "draws": draws, "q50": low, "q95": middle, "q99": high, "max": max(top)}
 
-# %% ../../nbs/05_features/055_evidence.ipynb #1c449223
+# %% ../../nbs/05_features/055_evidence.ipynb #6b333099
 STRATA = 24  # strata of expected meetings, each 4 times the one before, from 4^-12 tokens on
 
 def stratum(expected: Float[np.ndarray, "..."], # meetings of independent latents, tokens
@@ -137,6 +137,7 @@ def shifted(codes: csc_array,      # [tokens, m] activations by latent
     n = codes.shape[0]
     return csc_array((codes.data, (codes.indices.astype(np.int64) + by) % n, codes.indptr), shape=codes.shape)
 
+# %% ../../nbs/05_features/055_evidence.ipynb #a7944d1d
 @dataclass(frozen=True, eq=False)
 class Standard:
     "What turns a sum of products into a correlation."
@@ -168,7 +169,7 @@ def met(a: csc_array,       # [tokens, m] of the parents, by latent
 def strata_of(count_a: Int[np.ndarray, "m"],       # tokens on which each parent fires
               count_b: Int[np.ndarray, "d_sae"],   # each child
               n: int,                              # tokens in all
-              ) -> Int64[np.ndarray, "s"]:         # pairs of each stratum
+              ) -> Int64[np.ndarray, "bins"]:      # pairs of each stratum
     "Count all pairs by stratum."
     sizes, often = np.unique(count_b, return_counts=True)
     total = np.zeros(STRATA)

@@ -42,7 +42,7 @@ def bursty(rng, n, m, share):
 
 
 def ladder(seed, rows=60_000):
-    "Dictionaries of a toy tree, half as large again as the features of their level, and the leaf or root of each latent."
+    "Dictionaries of a toy tree, half as large again as the features of their level, and what each latent stands for."
     parent = torch.cat([torch.full((ROOTS,), -1), torch.arange(LEAVES) * ROOTS // LEAVES])
     often = torch.cat([torch.full((ROOTS,), 1e-4), torch.ones(LEAVES)])
     toy = sparse_mixture(ROOTS + LEAVES, D, K, often, hierarchy=parent, values=(0.75, 1.25), seed=seed)
@@ -125,7 +125,8 @@ def test_unrelated_dictionaries_have_no_edges(burst):
         rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         sizes = (20, 60)
         W = [torch.randn(size, 32, generator=g) + 0.7 * torch.ones(32) for size in sizes]
-        codes = [bursty(rng, 4000, size, 0.1) if burst else csr_array((rng.random((4000, size)) < 0.1) * 1.0) for size in sizes]
+        plain = [csr_array((rng.random((4000, size)) < 0.1) * 1.0) for size in sizes]
+        codes = [bursty(rng, 4000, size, 0.1) for size in sizes] if burst else plain
         runs += bool(split(W, codes, least=0.0, draws=20, seed=seed).edges.shown.any())
     assert runs <= 4  # 5 % of 20 runs, with room for chance: P(more than 4) = 0.0026
 
@@ -213,7 +214,7 @@ def test_tree_is_recovered_and_false_edges_are_few():
             other = split([*before[0].values()][:1] + [*made.values()][1:], [before[1][0], codes[1]], seed=seed)
             strangers += bool(other.edges.shown.any())
         before = made, codes
-    print(f"precision {true / (true + false):.3f}, recall {np.round(cover, 3)}, {strangers} of 4 unrelated runs show edges")
+    print(f"precision {true / (true + false):.3f}, recall {np.round(cover, 3)}, {strangers} of 4 unrelated show edges")
     assert false / (true + false) <= 0.05 and np.mean(cover) >= 0.9 and strangers <= 1
 
 
