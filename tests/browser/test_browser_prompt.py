@@ -68,7 +68,8 @@ def top(page):
     "Latents of the rows in sight."
     page.wait_for_timeout(80)
     return page.evaluate("""() => [...document.querySelectorAll(".sl-b-row:not([hidden])")]
-        .sort((a, b) => a.ariaRowIndex - b.ariaRowIndex).map((row) => Number(row.querySelector(".sl-b-latent").textContent))""")
+        .sort((a, b) => a.ariaRowIndex - b.ariaRowIndex)
+        .map((row) => Number(row.querySelector(".sl-b-latent").textContent))""")
 
 
 def column(table, name):
@@ -78,7 +79,8 @@ def column(table, name):
 
 
 SCROLL = """async () => {
-  const grid = document.querySelector(".sl-b-grid"), whole = grid.scrollHeight - grid.clientHeight, gaps = [], frame = () => new Promise(requestAnimationFrame);
+  const grid = document.querySelector(".sl-b-grid"), whole = grid.scrollHeight - grid.clientHeight, gaps = [];
+  const frame = () => new Promise(requestAnimationFrame);
   await frame(); let last = await frame();
   for (let i = 0; i < 150; i++) {  // steps of a wheel, then drags of the bar to anywhere
     grid.scrollTop = i < 75 ? grid.scrollTop + 120 + 40 * i : ((i * 7919) % 150) / 150 * whole;
@@ -283,7 +285,8 @@ HOVER = """async () => {
   const picture = document.querySelector(".sl-p-map svg"), at = picture.getBoundingClientRect(), seen = [];
   for (let i = 0; i < 20; i++) {
     const begin = performance.now();
-    picture.dispatchEvent(new MouseEvent("mousemove", { clientX: at.left + 190 + 16 * (i % 10), clientY: at.top + 90 + 16 * (i % 12), bubbles: true }));
+    const place = { clientX: at.left + 190 + 16 * (i % 10), clientY: at.top + 90 + 16 * (i % 12), bubbles: true };
+    picture.dispatchEvent(new MouseEvent("mousemove", place));
     await new Promise(requestAnimationFrame);
     seen.push(performance.now() - begin);
   }
@@ -340,7 +343,9 @@ def test_python_hears_and_two_linked_widgets_follow(new_book):
     page.get_by_role("button", name="read").click()
     page.wait_for_timeout(1500)
     page.evaluate(
-        "() => { const nb = window.jupyterapp.shell.currentWidget.content; nb.activeCellIndex = 1; return window.jupyterapp.commands.execute('notebook:run-cell') }"
+        """() => {
+        window.jupyterapp.shell.currentWidget.content.activeCellIndex = 1;
+        return window.jupyterapp.commands.execute('notebook:run-cell') }"""
     )
     page.locator(".jp-OutputArea-output", has_text=f"heard {latent} [").wait_for(timeout=30_000)
     said = book.cell(1).locator(".jp-OutputArea-output").inner_text()
