@@ -101,8 +101,33 @@ def _card(work: _Worker) -> str:
     about = table([{"training": key, "": value} for key, value in facts.items()])
     return about + (table(coders) if coders else "")
 
-# %% ../../nbs/04_training/07_background.ipynb #72695231
-class Background(_Worker):
+# %% ../../nbs/04_training/07_background.ipynb #c63b7e8f
+class _Steered(_Worker):
+    "A worker whose coefficients may be changed."
+    def change(self,
+               coefficient: str,          # "lr", or a parameter of the coder's objective: "l1", "aux", ...
+               value: float,              # what it is from the next step on
+               coder: str | None = None,  # name; not needed where there is one coder
+               ) -> Changed:              # the event, which stands in `events`, the log and the coder's provenance
+        "Change a coefficient of the running training; raises UnknownName, or InputError when it does not run."
+        with self.turns.between():
+            if self.status not in ("running", "paused"):
+                raise InputError(f"a training that is {self.status}", "one that runs or is paused", "start a training")
+            self.events.append(event := steer(self.run, self._one(coder), coefficient, value))
+        return event
+
+    @property
+    def coefficients(self) -> dict[str, dict[str, float]]:
+        "What may be changed, by coder, as it stands."
+        return {name: coefficients(t.recipe) | t.changed for name, t in self.run.trainees.items()}
+
+    def _one(self, name: str | None) -> str:
+        if name is None and len(self.run.given) > 1:
+            raise InputError("no name", f"one of {', '.join(self.run.given)}", "say which coder")
+        return name or next(iter(self.run.given))
+
+# %% ../../nbs/04_training/07_background.ipynb #2e06b540
+class Background(_Steered):
     "Training in a thread of its own; ask it anything while it runs."
     def start(self) -> "Background":
         "Begin; raises InputError when it began before."
@@ -140,28 +165,6 @@ class Background(_Worker):
     def snapshot(self, name: str | None = None) -> AbstractCoder:
         "A copy of a coder as it stands, in model units; no name is needed where there is one coder."
         with self.turns.between(): return result(self.run, self._one(name))
-
-    def change(self,
-               coefficient: str,          # "lr", or a parameter of the coder's objective: "l1", "aux", ...
-               value: float,              # what it is from the next step on
-               coder: str | None = None,  # name; not needed where there is one coder
-               ) -> Changed:              # the event, which stands in `events`, the log and the coder's provenance
-        "Change a coefficient of the running training; raises UnknownName, or InputError when it does not run."
-        with self.turns.between():
-            if self.status not in ("running", "paused"):
-                raise InputError(f"a training that is {self.status}", "one that runs or is paused", "start a training")
-            self.events.append(event := steer(self.run, self._one(coder), coefficient, value))
-        return event
-
-    @property
-    def coefficients(self) -> dict[str, dict[str, float]]:
-        "What may be changed, by coder, as it stands."
-        return {name: coefficients(t.recipe) | t.changed for name, t in self.run.trainees.items()}
-
-    def _one(self, name: str | None) -> str:
-        if name is None and len(self.run.given) > 1:
-            raise InputError("no name", f"one of {', '.join(self.run.given)}", "say which coder")
-        return name or next(iter(self.run.given))
 
     @property
     def history(self) -> list[dict]:

@@ -53,7 +53,7 @@ class AttentionView(AbstractPayload):
                 for name, head in zip(self.labels, self.patterns, strict=True) for i, row in enumerate(head)
                 for j, value in enumerate(row) if value]
 
-# %% ../../nbs/09_views/26_circuitsvis.ipynb #1d7ae695
+# %% ../../nbs/09_views/26_circuitsvis.ipynb #03f86b4e
 def strongest(view: AttentionView,  # patterns
               head: int,            # number of one
               n: int = 3,           # pairs wanted
@@ -84,6 +84,7 @@ def _map(view: AttentionView, head: int, most: int) -> str:
 def _pair(view: AttentionView, i: int, j: int, value: Number) -> str:
     return f"{token_text(view.tokens[i], 24)} ← {token_text(view.tokens[j], 24)} {number(value, 2)}"
 
+# %% ../../nbs/09_views/26_circuitsvis.ipynb #07d60f60
 def _attention_html(view: AttentionView) -> str:
     heads, most = len(view.patterns), 2400 // max(1, len(view.patterns))
     cell = '<div style="width:150px"><div style="font-size:12px"><b>{}</b></div>{}<div style="font-size:11px;opacity:.85">{}</div></div>'

@@ -24,7 +24,7 @@ from .payload import AbstractPayload, Number, caption, token_text, views
 from .svg import Frame, axes, drawing, label, line, nice_ticks
 from .widget import WIDGET, AbstractWidget, static, still, widgets
 
-# %% ../../nbs/09_views/23_monitor.ipynb #3e0a47ff
+# %% ../../nbs/09_views/23_monitor.ipynb #fcb2d3a9
 @dataclass(frozen=True)
 class Movement:
     "A histogram of one coder as it moves."
@@ -47,6 +47,7 @@ class Mark:
     coder: str        # name of the coder
     text: str         # "l1 0.1 → 0.2"
 
+# %% ../../nbs/09_views/23_monitor.ipynb #0cee57d3
 @views.add("monitor", idea="a training while it runs", example=lambda: _example())
 @dataclass(frozen=True, repr=False)
 class MonitorView(AbstractPayload):
@@ -170,7 +171,7 @@ def _grid(parts: Iterable[str]) -> str:
     pairs = (f'<div style="{grid}(auto-fit,minmax(min(100%,190px),1fr))">{"".join(parts[i:i + 2])}</div>' for i in range(0, len(parts), 2))
     return f'<div style="{grid}(auto-fill,minmax(min(100%,400px),1fr));margin-top:10px">{"".join(pairs)}</div>'
 
-# %% ../../nbs/09_views/23_monitor.ipynb #6fa86a28
+# %% ../../nbs/09_views/23_monitor.ipynb #c96ec3e1
 WORDS = {"density": ("density", "share of tokens a latent fires on (log)", "latents"),
          "activation": ("activations", "activation, model units (log)", "codes")}
 
@@ -197,6 +198,7 @@ def bars_path(frame: Frame,             # where
                      else f"M{x + .5:g} {base:g}V{min(top, base - 1):g}H{right - .5:g}V{base:g}z")
     return "".join(parts)
 
+# %% ../../nbs/09_views/23_monitor.ipynb #0be5d9a9
 def _movement(view: MonitorView, movement: Movement) -> str:
     frame, first, last = movement_frame(movement)
     title, x_label, what = WORDS.get(movement.what, (movement.what, "log10", ""))
@@ -374,7 +376,7 @@ def packed(view: MonitorView, # a run
         parts += [each.tokens, *(row[first:last + 1] for row in each.counts)]
     return b"".join(np.asarray(part, dtype="<f4").tobytes() for part in parts)
 
-# %% ../../nbs/09_views/23_monitor.ipynb #13f2c231
+# %% ../../nbs/09_views/23_monitor.ipynb #f283d58f
 @widgets.add("monitor", idea="a training while it runs, with its controls", example=lambda: _live_example())
 class MonitorWidget(AbstractWidget):
     "A training in a notebook."
@@ -417,6 +419,7 @@ class MonitorWidget(AbstractWidget):
         data = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
         display({WIDGET: data, "text/plain": ""}, raw=True)
 
+# %% ../../nbs/09_views/23_monitor.ipynb #7f3aa371
 def _stills(widget: MonitorWidget) -> dict:
     return {"text/html": still(widget.view), "text/plain": widget.view.to_text()}
 

@@ -112,7 +112,7 @@ def half_card(snapshot: Snapshot,  # a coder as it stood
     where = f"{snapshot.name} after {snapshot.tokens:,} tokens of training · {', '.join(spec.hooks_out or spec.hooks_in)} · fixed probe"
     return card(snapshot.probe.subject, snapshot.coder, snapshot.index, latent, where=where)
 
-# %% ../../nbs/10_lab/06_monitor.ipynb #677022c6
+# %% ../../nbs/10_lab/06_monitor.ipynb #b1ae4301
 @dataclass
 class Seldom:
     "Measurements on the probe."
@@ -137,6 +137,7 @@ def _notes(probe: Probe | None, seldom: Seldom) -> tuple[str, ...]:
     return (f"CE through the coder, error dropped: {int(scored(probe.part).sum()):,} predictions in {docs} documents of a fixed probe{cost}.",
             *([f"{'; '.join(sure)}; 95 % intervals over documents."] if sure else []))
 
+# %% ../../nbs/10_lab/06_monitor.ipynb #b13ee0fa
 def view_of(work: Background,                     # running or not
             title: str = "",                      # of the view
             probe: Probe | None = None,           # text on which it is looked at
@@ -222,9 +223,9 @@ def _open(watch: "Watch", name: str, latent: int, again: bool) -> None:
     watch.doing, widget = "", watch.widget()
     if widget is not None: widget.card = made.to_html()
 
-# %% ../../nbs/10_lab/06_monitor.ipynb #0c2943e0
-class Watch(_Chores):
-    "Follows a training: draws it, measures it, opens cards."
+# %% ../../nbs/10_lab/06_monitor.ipynb #05ac38a6
+class _Sight(_Chores):
+    "What is known of a training that is watched."
     def __init__(self,
                  work: Background,               # to be watched
                  probe: Probe | None,            # text on which it is looked at
@@ -248,6 +249,10 @@ class Watch(_Chores):
         can = {name: coder.d_sae for name, coder in self.work.run.given.items()} if self.probe else {}
         return {"status": self.work.status, "coefficients": self.work.coefficients, "latents": can,
                 "why": "" if can else "A card needs a subject and text: monitor(work, subject, tokens)."}
+
+# %% ../../nbs/10_lab/06_monitor.ipynb #0633992f
+class Watch(_Sight):
+    "Follows a training: draws it, measures it, opens cards."
 
     def refresh(self) -> None:
         with self.lock:
