@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from sae_lab.features.splitting import Splitting, split
+from sae_lab.features.splitting import Splitting, heirs, split
 from sae_lab.lab import Lab
 from sae_lab.views.figures import SERIES, save_figures
 
@@ -38,10 +38,11 @@ def rows(made: Splitting) -> pd.DataFrame:
         shown = made.edges[made.edges.shown & (made.edges.level == level)]
         parents = made.states[(made.states.level == level) & (made.states.state != "rare")]
         facts = {state: int((here.state == state).sum()) for state in STATES}
-        facts |= {"edges": len(shown), "childless": int((parents.children == 0).sum())}
+        facts |= {"edges": len(shown), "childless": int((parents.children == 0).sum()),
+                  "heirs": len(heirs(shown, made.rules["same"]))}
         facts |= {name: round(float(shown[name].median()), 4) for name in ("cosine", "correlation", "given", "reverse")}
         table.loc[table.level == level, list(facts)] = list(facts.values())
-    return table.astype(dict.fromkeys([*STATES, "edges", "childless"], int)).round(5)
+    return table.astype(dict.fromkeys([*STATES, "edges", "childless", "heirs"], int)).round(5)
 
 
 def histogram(made: Splitting) -> pd.DataFrame:
@@ -97,7 +98,9 @@ Mean number of shown children, with a bootstrap interval over the latents that c
 *kept*: the only child of its parent, or the same direction on at least half of the parent's tokens; *absorbed*: the
 parent lives on, but falls silent where this latent fires; *split*: one of several children; *novel*: no shown parent;
 *rare*: too few tokens to judge. *childless* counts latents of the smaller dictionary without a shown child; the four
-columns of evidence are medians over shown edges.
+columns of evidence are medians over shown edges. *heirs* counts latents of the smaller dictionary that live on in one
+direction (cosine of at least {same}): only with an heir can anything be called absorbed, so where there is none, no
+absorbed latent says nothing about absorption.
 
 ## What chance gives
 {nulls}
@@ -116,10 +119,10 @@ def draw(made: Splitting, seconds: float, commit: str, out: Path) -> None:
     table = rows(made)
     facts = table.assign(seconds=round(seconds, 1), commit=commit)
     facts.to_csv(out / "splitting.csv", index=False, lineterminator="\n")
-    states = ["level", *STATES, "edges", "childless", "cosine", "correlation", "given", "reverse"]
+    states = ["level", *STATES, "edges", "childless", "heirs", "cosine", "correlation", "given", "reverse"]
     page = PAGE.format(sizes=" / ".join(f"{size:,}" for size in made.sizes), k=K, hook=HOOK, fit=FIT,
                        read=made.rules["tokens"], tests=sum(made.rules["tests"]), fdr=made.fdr,
-                       least=made.rules["least"],
+                       least=made.rules["least"], same=made.rules["same"],
                        count=made.rules["count"], seconds=seconds, nulls=markdown(made.nulls),
                        children=markdown(table[["size", "into", "mean", "low", "high", "n"]]),
                        states=markdown(table[states]))

@@ -289,7 +289,7 @@ def pairs(a: Side,         # parents
     best = found.groupby("child").correlation.transform("max") == found.correlation
     return found[found.large | best].reset_index(drop=True)
 
-# %% ../../nbs/05_features/055_evidence.ipynb #fac9307a
+# %% ../../nbs/05_features/055_evidence.ipynb #224a7932
 def draws_for(pairs: int, # pairs of one draw
               ) -> int:   # draws
     "Draws that give about four million null pairs, at least 5 and at most 200."
@@ -300,7 +300,7 @@ def judged(a: Side,                     # parents
            least: float,                # chance-corrected share of a child's tokens inside the parent
            draws: int | None,           # of the nulls; None: `draws_for`
            rng: np.random.Generator,    # where chance comes from
-           principal: bool = False,     # the stricter null of the cosine
+           principal: bool = False,     # the other null of the cosine, see `shuffled`
            ) -> tuple[pd.DataFrame, list[dict], int]: # pairs with p; rows of the nulls; pairs tested
     "Evidence and p-values of one pair of dictionaries."
     tests = len(a.alive) * len(b.alive)

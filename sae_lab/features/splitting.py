@@ -230,14 +230,14 @@ def _check(coders: Sequence, indexes: Sequence, fdr: float, least: float) -> Non
     widths = {_rows(coder).shape[1] for coder in coders}
     if len(widths) > 1: raise ShapeError(f"decoders of width {sorted(widths)}", "one width", "compare at one hook")
 
-# %% ../../nbs/05_features/06_splitting.ipynb #de015732
+# %% ../../nbs/05_features/06_splitting.ipynb #d76aa051
 def split(coders: Coders,               # by name or in a row, the smallest first; or their decoder rows
           indexes: Sequence[Activations],     # of each: an index, or activations [tokens, d_sae], all over the same tokens
           fdr: float = .05,             # largest expected share of false edges among those shown
           least: float = .5,            # (P(parent | child) - P(parent)) / (1 - P(parent)) below which no edge is tested
           count: int = 10,              # tokens on which a latent must fire to be judged
           same: float = .9,             # cosine from which a child has its parent's direction
-          principal: bool = False,      # the stricter null of the cosine, see `shuffled`
+          principal: bool = False,      # the other null of the cosine, see `shuffled`
           draws: int | None = None,     # of the nulls; None: as many as the number of pairs needs
           seed: int = 0,                # of the nulls
           progress: Callable[[int, int], object] | None = None, # told levels done and levels in all
