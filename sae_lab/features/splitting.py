@@ -230,7 +230,7 @@ def _check(coders: Sequence, indexes: Sequence, fdr: float, least: float) -> Non
     widths = {_rows(coder).shape[1] for coder in coders}
     if len(widths) > 1: raise ShapeError(f"decoders of width {sorted(widths)}", "one width", "compare at one hook")
 
-# %% ../../nbs/05_features/06_splitting.ipynb #d76aa051
+# %% ../../nbs/05_features/06_splitting.ipynb #6a3e4cfe
 def split(coders: Coders,               # by name or in a row, the smallest first; or their decoder rows
           indexes: Sequence[Activations],     # of each: an index, or activations [tokens, d_sae], all over the same tokens
           fdr: float = .05,             # largest expected share of false edges among those shown
@@ -256,6 +256,8 @@ def split(coders: Coders,               # by name or in a row, the smallest firs
     edges = pd.concat(found, ignore_index=True)
     edges["q"] = q_values(edges.p.to_numpy(), sum(tests))
     edges["shown"] = edges.q <= fdr
+    near = edges.groupby(["level", "child"]).correlation.rank(ascending=False, method="first") <= 2
+    edges = edges[edges.shown | near].reset_index(drop=True)  # what is not shown: each child's nearest at most
     sizes = tuple(len(_rows(coder)) for coder in rows)
     rules = {"least": least, "count": count, "same": same, "principal": principal, "draws": draws, "seed": seed, "tests": tests,
              "tokens": _codes(indexes[0]).shape[0]}
