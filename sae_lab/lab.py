@@ -286,14 +286,14 @@ def reopen(
     lab.last = facts["last"]
     return lab
 
-# %% ../nbs/10_lab/20_lab.ipynb #3366ee21
+# %% ../nbs/10_lab/20_lab.ipynb #d15155c7
 class Lab:
     "A subject, text, and the work done on them, kept in a folder."
     collect, train, measure, index, show, save = collect, train, measure, index, show, save
     card, browse, prompt = desk.card, desk.browse, desk.prompt
     begin, monitor, keep = desk.begin, desk.monitor, desk.keep
     labels, splitting, explore = desk.labels, desk.splitting, desk.explore
-    attention, neurons = desk.attention, desk.neurons
+    attention, neurons, origin = desk.attention, desk.neurons, desk.origin
     pick, text, open = pick, packed, staticmethod(reopen)
 
     def __init__(

@@ -92,7 +92,7 @@ class AbstractWidget(anywidget.AnyWidget):
 
     def _ipython_display_(self) -> None: put(self, [self.view])
 
-# %% ../../nbs/09_views/20_widget.ipynb #0f327046
+# %% ../../nbs/09_views/20_widget.ipynb #5176d54a
 def put(widget: ipywidgets.DOMWidget,  # alive
         views: list[AbstractPayload],  # what stands for it when it is not
         ) -> None:
@@ -118,10 +118,15 @@ class Board(ipywidgets.Box):
         found = [getattr(each, "views", [getattr(each, "view", None)]) for each in self.children]
         return [view for views in found for view in views if view is not None]
 
+    @property
+    def provenance(self) -> dict:
+        "Where the numbers of the widgets in it are from."
+        known = [each.provenance for each in self.children if getattr(each, "provenance", None)]
+        return {"widgets": known} if known else {}
+
     def save_figures(self, stem: str, **options: Any) -> SavedFigures: # stem, options: as in `save_figures`
         "Write what is shown on the board, numbered; provenance is that of the widgets unless given."
-        known = [each.provenance for each in self.children if getattr(each, "provenance", None)]
-        return save_figures(self, stem, **({"provenance": {"widgets": known} if known else None} | options))
+        return save_figures(self, stem, **({"provenance": self.provenance} | options))
 
     def _ipython_display_(self) -> None: put(self, self.views)
 

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['patterns', 'check_layer', 'attention', 'neurons']
 
-# %% ../../nbs/10_lab/07_attention.ipynb #95f87862
+# %% ../../nbs/10_lab/07_attention.ipynb #a199b5d1
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,11 +17,12 @@ from torch import Tensor
 from ..ground.errors import InputError
 from ..sources.subject import Subject
 from ..views.circuitsvis import AttentionView, CircuitsWidget, NeuronsView
+from .origin import origin
 
-# %% ../../nbs/10_lab/07_attention.ipynb #bd63b1cb
+# %% ../../nbs/10_lab/07_attention.ipynb #6305c986
 def patterns(subject: Subject,  # the model
              text: str,         # read with a begin token, if there is one
-             ) -> tuple[list[str], Float[Tensor, "layer head pos pos"]]: # tokens; share of attention, reading token first
+             ) -> tuple[list[str], Float[Tensor, "layer head pos pos"]]: # tokens; share of attention, reader first
     "Attention patterns of every layer and head on a text."
     ids = subject.tokens(text)
     names = [f"blocks.{i}.attn.hook_pattern" for i in range(subject.n_layers)]
@@ -32,12 +35,19 @@ def check_layer(subject: Subject,  # the model
                 ) -> None:
     "Raise InputError unless the subject has that layer."
     if not 0 <= layer < subject.n_layers:
-        raise InputError(f"layer {layer}", f"0 to {subject.n_layers - 1}", f"choose a layer of {subject.name}", layer=layer)
+        raise InputError(f"layer {layer}", f"0 to {subject.n_layers - 1}", f"choose a layer of {subject.name}",
+                         layer=layer)
 
 def _plain(x: Tensor, digits: int) -> tuple:
     "Nested tuples of rounded numbers."
     def nest(part): return tuple(map(nest, part)) if isinstance(part, list) else round(part, digits)
     return nest(x.tolist())
+
+def _live(make: Callable[[int], Any], subject: Subject, text: str, layer: int) -> CircuitsWidget:
+    "One layer, with a choice of the others."
+    found = CircuitsWidget(make(layer), make, [f"layer {i}" for i in range(subject.n_layers)], layer)
+    found.provenance = origin(subject) | {"text": text}
+    return found
 
 def attention(subject: Subject,     # the model
               text: str,            # read with a begin token, if there is one
@@ -48,10 +58,11 @@ def attention(subject: Subject,     # the model
     strings, found = patterns(subject, text)
     def make(layer: int) -> AttentionView:
         names = tuple(f"{layer}.{head}" for head in range(found.shape[1]))
-        return AttentionView(tuple(strings), _plain(found[layer], 3), names, f"attention of layer {layer} · {subject.name}")
-    return CircuitsWidget(make(layer), make, [f"layer {i}" for i in range(subject.n_layers)], layer)
+        title = f"attention of layer {layer} · {subject.name}"
+        return AttentionView(tuple(strings), _plain(found[layer], 3), names, title)
+    return _live(make, subject, text, layer)
 
-# %% ../../nbs/10_lab/07_attention.ipynb #630c6980
+# %% ../../nbs/10_lab/07_attention.ipynb #70a949d4
 def _neurons(subject: Subject, ids: Tensor, most: int, layer: int) -> NeuronsView:
     acts = subject.run(ids, f"blocks.{layer}.mlp.hook_post")[f"blocks.{layer}.mlp.hook_post"][0].float().cpu()
     best = acts.abs().amax(0).argsort(descending=True)[:most].tolist()
@@ -66,5 +77,4 @@ def neurons(subject: Subject,     # the model
             ) -> CircuitsWidget:  # with a choice of layers
     "Neurons behind the activation function on a text, model units."
     check_layer(subject, layer)
-    make = partial(_neurons, subject, subject.tokens(text), most)
-    return CircuitsWidget(make(layer), make, [f"layer {i}" for i in range(subject.n_layers)], layer)
+    return _live(partial(_neurons, subject, subject.tokens(text), most), subject, text, layer)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BINS', 'strengths', 'top_words', 'promoted', 'weight_columns', 'shapes', 'stat_columns', 'latent_table', 'browser']
 
-# %% ../../nbs/10_lab/04_browser.ipynb #a1d844a6
+# %% ../../nbs/10_lab/04_browser.ipynb #02094f79
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..sources.subject import Subject
 from ..views.browser import SEP, BrowserWidget, Column, LatentTable
 from ..views.card import DENSE, RARE
 from ..views.histograms import sparkline
+from .origin import origin
 
 # %% ../../nbs/10_lab/04_browser.ipynb #d3146423
 def strengths(index: FeatureIndex,  # an open index
@@ -77,7 +78,8 @@ def weight_columns(coder: AbstractCoder, # any
     rows = coder.W_dec.detach().float()
     found = [Column("decoder norm", _numbers(rows.norm(dim=1)), note="length of the decoder row")]
     bias, enc = getattr(coder, "b_enc", None), getattr(coder, "W_enc", None)
-    if isinstance(enc, torch.Tensor) and enc.shape == rows.T.shape and coder.spec.hooks_out in ((), coder.spec.hooks_in):
+    same = coder.spec.hooks_out in ((), coder.spec.hooks_in)
+    if isinstance(enc, torch.Tensor) and enc.shape == rows.T.shape and same:
         cosine = torch.nn.functional.cosine_similarity(enc.detach().float().T, rows)
         found.append(Column("enc·dec", _numbers(cosine), note="cosine of encoder and decoder direction"))
     if isinstance(bias, torch.Tensor) and bias.shape == (len(rows),):
@@ -146,14 +148,16 @@ def _extra(name: str, values: Any) -> Column:
     if not text: return Column(name, given)
     return Column(name, tuple(None if v is None else str(v) for v in given), "text")
 
-# %% ../../nbs/10_lab/04_browser.ipynb #f179c47f
+# %% ../../nbs/10_lab/04_browser.ipynb #4fab529e
 def browser(coder: AbstractCoder,                     # the dictionary
             index: FeatureIndex,                      # its index
             subject: Subject | None = None,           # for what latents promote; None: without
             labels: Mapping[int, str] | None = None,  # names of some latents
             extra: Mapping[str, Any] | None = None, # further measures, a number or text for each latent
             title: str = "",                          # of the dictionary
-            **traits: object,                         # of `BrowserWidget`: selected, pinned, search, filters, order, height
+            **traits: object,                         # selected, pinned, search, filters, order, height of the widget
             ) -> BrowserWidget:                       # link its trait `selected` to a card's `latent`
     "A browser over every latent of a dictionary."
-    return BrowserWidget(latent_table(coder, index, subject, labels, extra, title), **traits)
+    found = BrowserWidget(latent_table(coder, index, subject, labels, extra, title), **traits)
+    found.provenance = origin(subject, coder, index)
+    return found

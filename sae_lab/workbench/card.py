@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'SIZES', 'weight_facts', 'logit_effects', 'logit_chart', 'chance_share', 'neurons', 'heads', 'fired_tokens',
            'concept_ranking', 'main_token', 'neighbour_rankings', 'described', 'card', 'answers', 'live_card']
 
-# %% ../../nbs/10_lab/03_card.ipynb #62a06b0c
+# %% ../../nbs/10_lab/03_card.ipynb #9896c48c
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -32,6 +32,7 @@ from ..views.histograms import HistogramChart
 from ..views.logits import logit_table
 from ..views.payload import token_text
 from .effect import head_parts, tried, window_effect
+from .origin import origin
 
 # %% ../../nbs/10_lab/03_card.ipynb #42b85254
 def weight_facts(coder: AbstractCoder,   # any coder
@@ -210,7 +211,7 @@ def card(subject: Subject,                      # the model
                        facts=weight_facts(coder, latent), rankings=tuple(each for each in lists if each is not None),
                        label=label, explanation=explanation, budget=58_000, **more)
 
-# %% ../../nbs/10_lab/03_card.ipynb #b712fc11
+# %% ../../nbs/10_lab/03_card.ipynb #aec4cd96
 def answers(subject: Subject,              # the model
             coder: AbstractCoder,          # reads and writes at its hooks
             index: FeatureIndex,           # of the coder
@@ -235,4 +236,6 @@ def live_card(subject: Subject,            # the model
     def make(at: int) -> LatentCard:
         said = {"explanation": explain(at)} if explain else {}
         return card(subject, coder, index, check_latent(at, index.d_sae), **(options | said))
-    return CardWidget(make(latent), answers(subject, coder, index), make, index.d_sae, pinned)
+    found = CardWidget(make(latent), answers(subject, coder, index), make, index.d_sae, pinned)
+    found.provenance = origin(subject, coder, index, options.get("seed", 0))
+    return found

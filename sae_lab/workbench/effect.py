@@ -54,7 +54,8 @@ def changes(before: Float[Tensor, "d_vocab"],  # next-token probabilities with t
     for sign in (1, -1):
         top = (sign * by).topk(min(n, len(by)))
         ids = top.indices[top.values > 0]
-        sides.append(tuple(Change(text, float(before[i]), float(after[i])) for text, i in zip(subject.strings(ids), ids.tolist())))
+        named = zip(subject.strings(ids), ids.tolist())
+        sides.append(tuple(Change(text, float(before[i]), float(after[i])) for text, i in named))
     return sides[0], sides[1]
 
 # %% ../../nbs/10_lab/028_effect.ipynb #95107a25
@@ -63,7 +64,7 @@ def head_parts(subject: Subject,                # the model
                ids: Int[Tensor, "batch pos"],   # rows of token ids
                positions: Sequence[int],        # a token of each row
                latent: int,                     # which
-               ) -> Float[np.ndarray, "n n_heads"] | None: # model units; None: not of one place of heads, or without encoder rows
+               ) -> Float[np.ndarray, "n n_heads"] | None: # model units; None: no single place of heads, or no encoder
     "What each head adds to the pre-activation of a latent, before the bias."
     hooks, rows = coder.spec.hooks_in, getattr(coder, "W_enc", None)
     if rows is None or len(hooks) != 1 or not subject.hook(hooks[0]).endswith("attn.hook_z"): return None
@@ -83,7 +84,8 @@ def token_effect(subject: Subject,                # the model
                  place: str = "",                 # document and position
                  ) -> TokenEffect:                # a view
     "The effect of one latent at one token; raises InputError for a token outside the row."
-    if not 0 <= position < ids.shape[1]: raise InputError(f"token {position}", f"0 to {ids.shape[1] - 1}", "choose a token of the row")
+    if not 0 <= position < ids.shape[1]:
+        raise InputError(f"token {position}", f"0 to {ids.shape[1] - 1}", "choose a token of the row")
     both = ablated(subject, coder, ids.repeat(2, 1), position, latent)
     loss = token_loss(both, ids.expand(2, -1)).cpu() if ids.shape[1] > 1 else torch.zeros(2, 0)
     stop, probability = (ids.shape[1] if last is None else last) - 1, both[:, position].float().softmax(-1).cpu()
@@ -106,10 +108,12 @@ def window_effect(subject: Subject,     # the model
     if window.row is None or window.position is None:
         raise InputError("a window without a row", "a window of this index", "make the card with workbench.card")
     if not 0 <= token < len(window.tokens): raise InputError(f"token {token}", f"0 to {len(window.tokens) - 1}")
-    at, ids = window.position + token, torch.tensor(np.asarray(index.text.ids[window.row], np.int64), device=subject.device)
+    at = window.position + token
+    ids = torch.tensor(np.asarray(index.text.ids[window.row], np.int64), device=subject.device)
     same = np.flatnonzero(index.text.doc[window.row] == index.text.doc[window.row, at])
     last = int(same[same >= at].max()) + 1
-    return token_effect(subject, coder, ids[None], at, latent, float(window.values[token]), last, place=f"{window.document}:{at}")
+    place = f"{window.document}:{at}"
+    return token_effect(subject, coder, ids[None], at, latent, float(window.values[token]), last, place=place)
 
 # %% ../../nbs/10_lab/028_effect.ipynb #0995cbaa
 def latent_on(subject: Subject,                # the model

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['worded', 'explore']
 
-# %% ../../nbs/10_lab/08_explorer.ipynb #01144b6e
+# %% ../../nbs/10_lab/08_explorer.ipynb #b6e583c5
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,12 +24,14 @@ from ..views.payload import token_text
 from ..views.widget import Board
 from .browser import top_words
 from .card import live_card
+from .origin import origin
 
 # %% ../../nbs/10_lab/08_explorer.ipynb #210f37fc
 def _words(index: FeatureIndex, n: int) -> list[str]:
     "The top tokens of every latent in a line."
     each, _ = top_words(index, n)
-    return [" ".join(token_text(token.strip() or token, 20) for token in (said or "").split(SEP) if token) for said in each]
+    return [" ".join(token_text(token.strip() or token, 20) for token in (said or "").split(SEP) if token)
+            for said in each]
 
 def worded(splitting: Splitting,                  # parents and children
            indexes: Sequence[FeatureIndex],       # one a dictionary, in its order
@@ -44,7 +46,7 @@ def worded(splitting: Splitting,                  # parents and children
     density = [np.asarray(index.stats["density"], np.float64) for index in indexes]
     return ladder(splitting, labels, [_words(index, n) for index in indexes], density)
 
-# %% ../../nbs/10_lab/08_explorer.ipynb #095efe81
+# %% ../../nbs/10_lab/08_explorer.ipynb #a3c46fda
 def explore(splitting: Splitting,                  # parents and children
             coders: Sequence[AbstractCoder] | Mapping[str, AbstractCoder],  # the dictionaries, small to large
             indexes: Sequence[FeatureIndex],       # of each, over the same tokens
@@ -60,12 +62,20 @@ def explore(splitting: Splitting,                  # parents and children
     rows = list(coders.values()) if isinstance(coders, Mapping) else list(coders)
     if len(rows) != len(splitting.sizes): raise InputError(f"{len(rows)} coders", f"{len(splitting.sizes)}", "one each")
     explorer = ExplorerWidget(worded(splitting, indexes, labels), level, latent, title, **traits)
+    explorer.provenance = _origin(splitting, rows, indexes, subject)
     cards = {} if subject is None else _cards(explorer, subject, rows, indexes, near)
     board = Board([explorer, *([Board(list(cards.values()), across=True)] if cards else [])])
     board.explorer, board.cards = explorer, cards
     return board
 
-def _cards(explorer: ExplorerWidget, subject: Subject, coders: Sequence, indexes: Sequence, near: int) -> dict[int, CardWidget]:
+def _origin(splitting: Splitting, coders: Sequence, indexes: Sequence, subject: Subject | None) -> dict:
+    "Where the edges are from: the rules and seed of the splitting, and each dictionary."
+    each = [origin(subject, coder, index, name=name)
+            for name, coder, index in zip(splitting.names, coders, indexes, strict=True)]
+    return {"splitting": splitting.rules | {"fdr": splitting.fdr}, "dictionaries": each}
+
+def _cards(explorer: ExplorerWidget, subject: Subject, coders: Sequence, indexes: Sequence,
+           near: int) -> dict[int, CardWidget]:
     "A card a dictionary, tied to the path."
     cards = {at: live_card(subject, coder, index, max(explorer.path[at], 0), near=near)
              for at, (coder, index) in enumerate(zip(coders, indexes, strict=True))}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Probe', 'losses', 'added', 'Snapshot', 'half_card', 'Seldom', 'view_of', 'Watch', 'answers', 'has_display', 'monitor']
 
-# %% ../../nbs/10_lab/06_monitor.ipynb #8aba3f35
+# %% ../../nbs/10_lab/06_monitor.ipynb #83b77b8e
 import math
 import sys
 import threading
@@ -35,10 +35,12 @@ from ..splice.splice import Splice, ports
 from ..training.background import Background
 from ..training.events import ACTIVATION_EDGES, DENSITY_EDGES, Started, Step
 from ..training.fit import read_log
+from ..training.run import about
 from ..training.step import coefficients
 from ..views.card import LatentCard
 from ..views.monitor import Mark, MonitorView, MonitorWidget, monitor_view
 from .card import card
+from .origin import origin
 
 # %% ../../nbs/10_lab/06_monitor.ipynb #a1781be8
 @dataclass(frozen=True, eq=False)
@@ -310,7 +312,7 @@ def answers(watch: Watch,                    # of a training
     act = {name: (lambda call: lambda: (call(), then())[1])(getattr(watch.work, name)) for name in ("pause", "resume", "stop")}
     return {**act, "change": change, "card": open_card}
 
-# %% ../../nbs/10_lab/06_monitor.ipynb #c78563d8
+# %% ../../nbs/10_lab/06_monitor.ipynb #b9381870
 def has_display() -> bool: # True in a kernel whose outputs can be drawn again
     "Whether this runs in a notebook."
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
@@ -327,6 +329,11 @@ def _end(watch: Watch, stops: bool) -> None:
         work.done.wait(2.0)
     if watch.snapshot is not None: watch.snapshot.folder.cleanup()
 
+def _origin(work: Background, subject: Subject | None, tokens: Tokens | None) -> dict:
+    "Where the curves are from: what was trained on what, and the text that is looked at."
+    text = {} if tokens is None else {"corpus": tokens.provenance}
+    return origin(subject, seed=work.run.seed) | text | {"training": about(work.run)}
+
 def monitor(work: Background,                # is started if it was not
             subject: Subject | None = None,  # the model its coders are for; None: no cross-entropy and no cards
             tokens: Tokens | None = None,    # fixed text to look at them on; 64k tokens are plenty
@@ -342,6 +349,7 @@ def monitor(work: Background,                # is started if it was not
     watch = Watch(work, probe, title, every, share)
     if work.status == "ready": work.start()
     widget = MonitorWidget(watch.view(), answers(watch), controls=watch.controls())
+    widget.provenance = _origin(work, subject, tokens)
     widget.closing = weakref.finalize(widget, _end, watch, ends)
     watch.widget = weakref.ref(widget)
     if not has_display(): watch.bar = tqdm(total=work.run.goal, unit="tok", unit_scale=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['without', 'ablated', 'estimated', 'candidates', 'quantile', 'top_words', 'prompt_view', 'with_effects', 'prompt']
 
-# %% ../../nbs/10_lab/05_prompt.ipynb #ad2fdc68
+# %% ../../nbs/10_lab/05_prompt.ipynb #a8eafdba
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -22,6 +22,7 @@ from ..sources.subject import Subject, token_loss
 from ..splice.splice import Ports, ports, splice
 from ..views.browser import SEP
 from ..views.prompt import PromptView, PromptWidget
+from .origin import origin
 
 # %% ../../nbs/10_lab/05_prompt.ipynb #82f3c3b4
 def without(latent: Int[Tensor, "n"], # latent that is silenced in each row; -1: none
@@ -41,7 +42,7 @@ def ablated(subject: Subject,                # the model
             latent: Int[Tensor, "m"],        # latent of each ablation
             hook: str | None = None,         # for a coder whose spec names none
             batch: int = 64,                 # ablations run together
-            ) -> Float[Tensor, "m n"]: # n = pos - 1: change of each loss, nats; entry u is about token u + 1; positive: it helps
+            ) -> Float[Tensor, "m n"]: # n = pos - 1: change of loss, nats; entry u: token u + 1; positive: it helps
     "What the model loses when a latent is silenced at a token, by full forward passes with the error kept."
     found = [torch.zeros(0, tokens.shape[1] - 1)]
     for first in range(0, len(at), batch):
@@ -120,7 +121,7 @@ def prompt_view(subject: Subject,        # the model
                 hook: str | None = None, # for a coder whose spec names none
                 title: str = "",         # of the dictionary
                 ) -> PromptView:         # everything that fires
-    "A text through a dictionary; raises InputError for an empty or too long text, ShapeError for another coder's index."
+    "A text through a dictionary; raises InputError for empty or too long text, ShapeError for another coder's index."
     tokens = subject.tokens(text, bos=bos)
     if not tokens.numel(): raise InputError("a text without tokens", "at least one token", "write something")
     if coder.d_sae != index.d_sae:
@@ -146,10 +147,10 @@ def _entries(subject, index, tokens, special, row, latent, value) -> PromptView:
     for place, j in enumerate(latents.tolist()):
         ranks[which == place] = quantile(index, j, strength[which == place])
     stats, unknown = index.stats, (None,) * len(latent)
-    numbers = [int(j) for j in latents]
-    loss = (*subject.loss(tokens)[0].tolist(), None)
+    numbers, loss = latents.tolist(), (*subject.loss(tokens)[0].tolist(), None)
     return PromptView(tuple(subject.strings(tokens[0])), tuple(special), loss, tuple(numbers),
-                      tuple(int(stats["count"][j]) for j in numbers), tuple(float(stats["density"][j]) for j in numbers),
+                      tuple(int(stats["count"][j]) for j in numbers),
+                      tuple(float(stats["density"][j]) for j in numbers),
                       tuple(top_words(index, j) for j in numbers), tuple(row.tolist()), tuple(which.tolist()),
                       tuple(strength.tolist()), tuple(ranks.tolist()), unknown, unknown)
 
@@ -170,7 +171,7 @@ def with_effects(subject: Subject,             # the model
         if place < len(each): effect[i], total[i] = float(each[place]), float(each.sum())
     return replace(view, effect=tuple(effect), total=tuple(total))
 
-# %% ../../nbs/10_lab/05_prompt.ipynb #84b5ba10
+# %% ../../nbs/10_lab/05_prompt.ipynb #5a15ac89
 def prompt(subject: Subject,        # the model
            coder: AbstractCoder,    # its dictionary
            index: FeatureIndex,     # the coder's index
@@ -187,4 +188,6 @@ def prompt(subject: Subject,        # the model
     def more(view: PromptView, token: int) -> PromptView:
         missing = [i for i, at in enumerate(view.at) if at == token and view.effect[i] is None]
         return with_effects(subject, coder, view, torch.tensor(missing, dtype=torch.long), hook)
-    return PromptWidget(read(text), read, more, **traits)
+    found = PromptWidget(read(text), read, more, **traits)
+    found.provenance = origin(subject, coder, index)
+    return found
