@@ -76,7 +76,7 @@ def _example() -> "LatentTable":
     n, rng = 300, np.random.default_rng(0)
     count = (10 ** rng.uniform(0, 4, n)).astype(int) * (np.arange(n) % 17 > 0)
     shape = [sparkline(np.histogram(rng.exponential(1, c), 12, (0, 4))[0]) if c else "" for c in count.tolist()]
-    tokens = [SEP.join(f" {words[(i * k) % 8]}" for k in (1, 3, 5)) if c else None for i, c in enumerate(count.tolist())]
+    tokens = [SEP.join(f" {words[i * k % 8]}" for k in (1, 3, 5)) if c else None for i, c in enumerate(count.tolist())]
     peaks = [float(x) if c else None for x, c in zip(rng.gamma(4, 1, n), count.tolist())]
     return LatentTable(tuple(range(n)), (
         Column("histogram", tuple(shape), "shape", "histogram from 0 to the largest, log counts"),
@@ -143,7 +143,8 @@ def outline(cell: Any,          # a sparkline
     for i, character in enumerate(cell):
         tall = round(height * max(0, BLOCKS.find(character)) / 8)
         if tall: parts.append(f"M{i * step:g} {height}v-{tall}h{step - 1:g}v{tall}z")
-    return f'<svg width="{width}" height="{height}" style="display:block"><path d="{"".join(parts)}" fill="#e70"/></svg>'
+    bars = f'<path d="{"".join(parts)}" fill="#e70"/>'
+    return f'<svg width="{width}" height="{height}" style="display:block">{bars}</svg>'
 
 # %% ../../nbs/09_views/22_browser.ipynb #bea96731
 def _cell(column: Column, value: Any) -> str:

@@ -87,8 +87,8 @@ def facts(card: LatentCard, # a card
 def head_html(card: LatentCard,  # a card
               ) -> str:          # HTML
     "Its number and label, where it is from, its state and its facts."
-    badge = ('<b style="border:1px solid;border-radius:9px;padding:1px 9px;font-size:12px;margin-left:8px;vertical-align:2px">'
-             f"{card.state}</b>") if card.state else ""
+    look = "border:1px solid;border-radius:9px;padding:1px 9px;font-size:12px;margin-left:8px;vertical-align:2px"
+    badge = f'<b style="{look}">{card.state}</b>' if card.state else ""
     label = f' <span style="font-size:16px">{caption(card.label, 80)}</span>' if card.label else ""
     name = f'<b style="font-size:18px">latent {card.latent}</b>{label}{badge}'
     where = f'<small style="opacity:.7">{caption(card.where)}</small>' if card.where else ""
@@ -133,7 +133,9 @@ def section_html(heading: Group | None,           # over the groups
     note = f' <small style="opacity:.7">{caption(heading.note)}</small>' if heading else ""
     title = f"<b>{caption(heading.name)}</b>{note}" if heading else ""
     family = under[0][1].family
-    if detail > 2: return f'<div class="sl-sec" data-family="{escape(family)}"><div class="sl-sec-title">{title}</div>{table}</div>'
+    if detail > 2:
+        return (f'<div class="sl-sec" data-family="{escape(family)}">'
+                f'<div class="sl-sec-title">{title}</div>{table}</div>')
     if family == "value": return f'<details style="padding-top:10px"><summary>{title}</summary>{table}</details>'
     return f'<div style="padding-top:10px">{title}</div>{table}' if title else table
 
@@ -193,7 +195,8 @@ def _card_text(card: LatentCard) -> str:
 
 def _ranking_text(ranked: Ranking) -> str:
     rows = [f"{number(row.value):>8}  {token_text(row.name, 60)}" for row in ranked.rows]
-    return "\n".join([" ".join(part for part in (ranked.title, ranked.unit) if part), *rows, *([ranked.note] if ranked.note else [])])
+    head = " ".join(part for part in (ranked.title, ranked.unit) if part)
+    return "\n".join([head, *rows, *([ranked.note] if ranked.note else [])])
 
 # %% ../../nbs/09_views/05_card.ipynb #3186b78f
 def latent_card(page: Any,                          # a page of a feature index
@@ -225,8 +228,8 @@ def _example() -> LatentCard:
             for i in range(6)]
     stats = {"count": 905, "docs": 120, "density": 0.00905, "density_low": 0.0085, "density_high": 0.0097,
              "mean": 1.31, "max": 4.0, "norm": 1.0, "encoder": 1.4, "bias": -0.31, "cosine": 0.71}
-    near = Ranking("nearest decoders", tuple(Row(f"latent {i}", c, latent=i) for i, c in ((88, 0.61), (5, 0.4), (301, -0.22))),
-                   "cosine, of 512 latents", full=1)
+    close = tuple(Row(f"latent {i}", cosine, latent=i) for i, cosine in ((88, 0.61), (5, 0.4), (301, -0.22)))
+    near = Ranking("nearest decoders", close, "cosine, of 512 latents", full=1)
     f1 = Ranking("concepts", (Row("animal", 0.72, 0.66, 0.77), Row("subject of a verb", 0.31, 0.27, 0.36)), "F1", "", 1)
     return LatentCard(17, stats, 100_000, "topk-512 · blocks.1.mlp.hook_post · fables",
                       activation_histogram([0, 1, 2, 3, 4], [800, 90, 12, 3], silent=99_095),

@@ -76,7 +76,8 @@ def ranking(items: Iterable,          # with `name`, and `low`, `high`, `note`, 
     "A ranking of duck-typed rows."
     def ready(x): return None if x is None else float(x)
     rows = [Row(str(_read(each, "name", "")), float(_read(each, value, math.nan)), ready(_read(each, "low")),
-                ready(_read(each, "high")), str(_read(each, "note", "") or ""), _read(each, "latent")) for each in items]
+                ready(_read(each, "high")), str(_read(each, "note", "") or ""), _read(each, "latent"))
+            for each in items]
     return Ranking(title, tuple(rows), unit, note, full)
 
 # %% ../../nbs/09_views/045_card_parts.ipynb #f21b8193
@@ -110,11 +111,13 @@ def _row_html(row: Row, most: float, live: bool) -> str:
     sure = f"{even(row.low, most)} to {even(row.high, most)}" if None not in (row.low, row.high) else ""
     title = " · ".join(part for part in (row.note, sure) if part)
     tip = f' title="{caption(title, 300)}"' if title else ""
-    go = f' class="sl-go" data-latent="{row.latent}" tabindex="0" role="button"' if live and row.latent is not None else ""
+    leads = live and row.latent is not None
+    go = f' class="sl-go" data-latent="{row.latent}" tabindex="0" role="button"' if leads else ""
     spread = f' <small style="opacity:.6">{sure}</small>' if sure else ""
     return (f'<tr{tip}{go}><td style="background:{bar_style(row, most)};padding:0 4px;overflow:hidden;'
             f'text-align:left;white-space:pre">{caption(row.name, 40)}</td>'
-            f'<td align="right" width="{126 if sure else 50}" style="padding:0">{even(row.value, most)}{spread}</td></tr>')
+            f'<td align="right" width="{126 if sure else 50}" style="padding:0">'
+            f"{even(row.value, most)}{spread}</td></tr>")
 
 def ranking_html(ranked: Ranking,      # a ranking
                  live: bool = False,   # rows of latents can be chosen by a script
@@ -125,7 +128,8 @@ def ranking_html(ranked: Ranking,      # a ranking
              "border-collapse:separate;border-spacing:0 1px")
     body = (f'<table cellpadding="0" style="{escape(style)}">{rows}</table>'
             if rows else "" if ranked.note else '<small style="opacity:.65">none</small>')
-    note = f'<small style="opacity:.65;display:block;line-height:1.35">{caption(ranked.note, 200)}</small>' if ranked.note else ""
+    faint = "opacity:.65;display:block;line-height:1.35"
+    note = f'<small style="{faint}">{caption(ranked.note, 200)}</small>' if ranked.note else ""
     unit = f' <small style="opacity:.65">{caption(ranked.unit)}</small>' if ranked.unit else ""
     return f'<div><div><b>{caption(ranked.title)}</b>{unit}</div>{body}{note}</div>'
 
@@ -185,7 +189,7 @@ def _sides(each: Window, scale: Number, detail: int) -> tuple[str, str]:
             token_html(*halves[1], scale, None if each.focus is None else 0, detail))
 
 # %% ../../nbs/09_views/045_card_parts.ipynb #1d486ec0
-COLUMNS = "display:grid;grid-template-columns:150px 52px 46fr 54fr"  # group, activation, text to the left, text to the right
+COLUMNS = "display:grid;grid-template-columns:150px 52px 46fr 54fr"  # group, activation, text left, text right
 CUT = 'style="overflow:hidden"'
 
 def window_html(each: Window,   # a window
@@ -209,8 +213,10 @@ def group_html(group: Group,   # a group with windows
     mark = ' class="sl-label"' if detail > 2 else ""
     head = f'<div{mark} style="grid-row:span {len(group.windows)};white-space:normal">{caption(group.name)}{note}</div>'
     made = [window_html(each, scale, detail) for each in group.windows]
-    if detail > 2: made = [f'<div class="sl-w{" sl-first" * (i == 0)}" data-w="{place}.{i}" data-d="{caption(each.document, 80)}:{each.position}">'
-                           f"{cells}</div>" for i, (each, cells) in enumerate(zip(group.windows, made))]
+    if detail > 2:
+        made = [f'<div class="sl-w{" sl-first" * (i == 0)}" data-w="{place}.{i}" '
+                f'data-d="{caption(each.document, 80)}:{each.position}">{cells}</div>'
+                for i, (each, cells) in enumerate(zip(group.windows, made))]
     return head + "".join(made)
 
 # %% ../../nbs/09_views/045_card_parts.ipynb #4d55e2c3
@@ -262,4 +268,5 @@ def page_groups(page: Any,              # a page of a feature index
     groups += rank_groups(page, per_band) + (value_groups(page, per_interval) if per_interval else [])
     missed = tuple(map(window, page.near_misses[:near_misses]))
     silent = Group("silent", f"{len(missed)} windows", missed, "near")
-    return tuple(groups + _headed("near misses", "it is silent, although one of its top tokens is there", "near", [silent]))
+    groups += _headed("near misses", "it is silent, although one of its top tokens is there", "near", [silent])
+    return tuple(groups)

@@ -55,8 +55,10 @@ def placed(card: LatentCard,  # a card
            window: int,       # number of a window in it
            ) -> Window:       # the window; raises InputError where there is none
     "A window of a card by its numbers."
-    if 0 <= group < len(card.groups) and 0 <= window < len(card.groups[group].windows): return card.groups[group].windows[window]
-    raise InputError(f"window {window} of group {group}", "a window of the card that is shown", "look at the card's groups")
+    if 0 <= group < len(card.groups) and 0 <= window < len(card.groups[group].windows):
+        return card.groups[group].windows[window]
+    raise InputError(f"window {window} of group {group}", "a window of the card that is shown",
+                     "look at the card's groups")
 
 # %% ../../nbs/09_views/21_card_widget.ipynb #a4e29bab
 @widgets.add("card", idea="all about one latent, and what it does at a token", example=lambda: _example())
@@ -106,6 +108,9 @@ def _example() -> CardWidget:
     "A live card as the gallery and the tests in a browser show it."
     card, effect = views["card"].meta["example"](), views["effect"].meta["example"]()
     strip = views["tokens"].meta["example"]()
-    answers = {"effect": lambda latent, window, token: replace(effect, latent=latent, token=window.tokens[token], activation=window.values[token]),
-               "try": lambda latent, text: {"html": strip.to_html(), "facts": [f"latent {latent}", f"{len(text)} characters"]}}
+    def asked(latent, window, token):
+        return replace(effect, latent=latent, token=window.tokens[token], activation=window.values[token])
+    def tried(latent, text):
+        return {"html": strip.to_html(), "facts": [f"latent {latent}", f"{len(text)} characters"]}
+    answers: dict[str, Callable] = {"effect": asked, "try": tried}
     return CardWidget(card, answers, lambda latent: replace(card, latent=latent), 512)

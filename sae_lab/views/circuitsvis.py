@@ -38,7 +38,8 @@ class AttentionView(AbstractPayload):
     def __post_init__(self):
         n = len(self.tokens)
         if any(len(head) != n or any(len(row) != n for row in head) for head in self.patterns):
-            raise InputError(f"patterns that are not {n} by {n}", "one row and one column a token", "pass whole patterns")
+            raise InputError(f"patterns that are not {n} by {n}", "one row and one column a token",
+                             "pass whole patterns")
         if self.names and len(self.names) != len(self.patterns):
             raise InputError(f"{len(self.names)} names for {len(self.patterns)} heads", "a name a head")
 
@@ -76,7 +77,8 @@ def _map(view: AttentionView, head: int, most: int) -> str:
     n, cells = max(1, len(view.tokens)), strongest(view, head, most, True)
     paths = ["", "", "", ""]
     for i, j, value in cells: paths[min(3, int(4 * min(value, 0.999)))] += f"M{j} {i}h1v1h-1z"
-    drawn = "".join(f'<path d="{path}" fill="#e70" fill-opacity="{(k + 1) / 4:.2g}"/>' for k, path in enumerate(paths) if path)
+    drawn = "".join(f'<path d="{path}" fill="#e70" fill-opacity="{(k + 1) / 4:.2g}"/>'
+                    for k, path in enumerate(paths) if path)
     side = f'<path d="M0 0V{n}H{n}" fill="none" stroke="currentColor" stroke-width="{n / 110:.2g}" opacity=".5"/>'
     says = caption(f"attention of {view.labels[head]} over {len(view.tokens)} tokens")
     return f'<svg viewBox="0 0 {n} {n}" width="110" height="110" role="img" aria-label="{says}">{drawn}{side}</svg>'
@@ -87,15 +89,19 @@ def _pair(view: AttentionView, i: int, j: int, value: Number) -> str:
 # %% ../../nbs/09_views/26_circuitsvis.ipynb #07d60f60
 def _attention_html(view: AttentionView) -> str:
     heads, most = len(view.patterns), 2400 // max(1, len(view.patterns))
-    cell = '<div style="width:150px"><div style="font-size:12px"><b>{}</b></div>{}<div style="font-size:11px;opacity:.85">{}</div></div>'
+    cell = ('<div style="width:150px"><div style="font-size:12px"><b>{}</b></div>{}'
+            '<div style="font-size:11px;opacity:.85">{}</div></div>')
     parts = []
     for i, name in enumerate(view.labels[:48]):
-        lines = [caption(_pair(view, *each)) for each in strongest(view, i)] + [f"first token {number(resting(view, i), 2)}"]
+        lines = [caption(_pair(view, *each)) for each in strongest(view, i)]
+        lines.append(f"first token {number(resting(view, i), 2)}")
         parts.append(cell.format(caption(name, 40), _map(view, i, most), "<br>".join(lines)))
     title = f"<b>{caption(view.title)}</b> " if view.title else ""
     left = f" · {heads - 48} further heads not drawn" if heads > 48 else ""
-    about = f'<small style="opacity:.75">rows read from columns · the {most:,} strongest cells of each head{left}</small>'
-    text = f'<div dir="ltr" style="font-size:12px;margin:2px 0 6px">{escape(" ".join(token_text(t, 24) for t in view.tokens[:200]))}</div>'
+    drawn = f"rows read from columns · the {most:,} strongest cells of each head{left}"
+    about = f'<small style="opacity:.75">{drawn}</small>'
+    words = escape(" ".join(token_text(t, 24) for t in view.tokens[:200]))
+    text = f'<div dir="ltr" style="font-size:12px;margin:2px 0 6px">{words}</div>'
     grid = f'<div style="display:flex;flex-wrap:wrap;gap:10px 14px">{"".join(parts) or "no heads"}</div>'
     return f"<div>{title}{about}{text}{grid}</div>"
 
@@ -119,8 +125,10 @@ class NeuronsView(AbstractPayload):
 
     def __post_init__(self):
         shape = (len(self.tokens), len(self.layers), len(self.neurons))
-        if len(self.values) != shape[0] or any(len(t) != shape[1] or any(len(x) != shape[2] for x in t) for t in self.values):
-            raise InputError("activations of another shape", f"{shape[0]} tokens, {shape[1]} layers, {shape[2]} neurons",
+        ragged = any(len(t) != shape[1] or any(len(x) != shape[2] for x in t) for t in self.values)
+        if len(self.values) != shape[0] or ragged:
+            raise InputError("activations of another shape",
+                             f"{shape[0]} tokens, {shape[1]} layers, {shape[2]} neurons",
                              "pass one number a token, layer and neuron")
 
     def series(self, layer: int, neuron: int) -> tuple[Number, ...]: # layer, neuron: which; one value a token
@@ -149,13 +157,16 @@ def peaks(view: NeuronsView,  # activations
 def _neurons_html(view: NeuronsView) -> str:
     best, shown = peaks(view), slice(0, 160)
     scale = max((abs(value) for _, _, value in best), default=0.0)
-    row = ('<tr><td style="text-align:left;white-space:nowrap;padding:2px 14px 2px 0;vertical-align:top">{}</td><td style="text-align:right;'
-           'padding:2px 14px 2px 0;vertical-align:top">{}</td><td dir="ltr" style="text-align:left;white-space:pre-wrap">{}</td></tr>')
+    row = ('<tr><td style="text-align:left;white-space:nowrap;padding:2px 14px 2px 0;vertical-align:top">{}</td>'
+           '<td style="text-align:right;padding:2px 14px 2px 0;vertical-align:top">{}</td>'
+           '<td dir="ltr" style="text-align:left;white-space:pre-wrap">{}</td></tr>')
     rows = "".join(row.format(caption(f"{view.layers[a]} · {view.neurons[b]}", 60), number(value),
-                              token_html(view.tokens[shown], view.series(a, b)[shown], scale, None, 1)) for a, b, value in best)
+                              token_html(view.tokens[shown], view.series(a, b)[shown], scale, None, 1))
+                   for a, b, value in best)
     title = f"<b>{caption(view.title)}</b> " if view.title else ""
     n = len(view.layers) * len(view.neurons)
-    about = f'<small style="opacity:.75">{min(len(best), n)} of {n:,} neurons, those with the largest activation</small> '
+    most = f"{min(len(best), n)} of {n:,} neurons, those with the largest activation"
+    about = f'<small style="opacity:.75">{most}</small> '
     style = "border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums"
     return f'<div>{title}{about}{legend(scale, "model units", True)}<table style="{style}">{rows}</table></div>'
 
@@ -172,7 +183,8 @@ def _attention_example() -> AttentionView:
     "Made-up patterns, as the docs and the contract tests show them."
     tokens, n = ("<|bos|>", "The", " fox", " saw", " the", " fox", " </script>", "\n"), 8
     before = [[1.0 if j == max(i - 1, 0) else 0.0 for j in range(n)] for i in range(n)]
-    rest = [[(0.7 if j == 0 else 0.3 / i) if 0 < j <= i or j == 0 else 0.0 for j in range(n)] if i else [1.0] + [0.0] * 7 for i in range(n)]
+    rest = [[0.7 if j == 0 else 0.3 / i if j <= i else 0.0 for j in range(n)] if i else [1.0] + [0.0] * 7
+            for i in range(n)]
     return AttentionView(tokens, (tuple(map(tuple, before)), tuple(map(tuple, rest))), ("0.0", "0.1"), "made-up heads")
 
 def _neurons_example() -> NeuronsView:
@@ -189,7 +201,8 @@ def bundle() -> str: # JavaScript, 1.3 MB
     found = find_spec("circuitsvis")
     path = Path(str(found.origin)).parent / "dist" / "cdn" / "iife.js" if found else None
     if path is None or not path.is_file():
-        raise Unavailable("circuitsvis is not installed", "its bundle", "pip install circuitsvis", package="circuitsvis")
+        raise Unavailable("circuitsvis is not installed", "its bundle", "pip install circuitsvis",
+                          package="circuitsvis")
     return path.read_text(encoding="utf-8").replace("//# sourceMappingURL=iife.js.map", "")
 
 def numbers(view: Views,      # what is shown
@@ -208,7 +221,8 @@ def props(view: Views,  # what is shown
     "What a component of CircuitsVis is told."
     tokens = [token_text(each, 40) or "∅" for each in view.tokens]
     if isinstance(view, AttentionView):
-        return {"tokens": tokens, "attentionHeadNames": [token_text(each, 40) for each in view.labels], "maskUpperTri": view.causal,
+        heads = [token_text(each, 40) for each in view.labels]
+        return {"tokens": tokens, "attentionHeadNames": heads, "maskUpperTri": view.causal,
                 "maxValue": 1, "minValue": 0, "positiveColor": "#e67300"}
     return {"tokens": [inert(each) for each in tokens], "firstDimensionName": "Layer", "secondDimensionName": "Neuron",
             "firstDimensionLabels": [token_text(each, 40) for each in view.layers],
@@ -226,7 +240,9 @@ def _short(x: Any, digits: int) -> Any:
     return int(value) if value.is_integer() else value
 
 # %% ../../nbs/09_views/26_circuitsvis.ipynb #4ff09bd3
-def _safe(value: object) -> str: return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+def _safe(value: object) -> str:
+    text = json.dumps(value, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028")
 
 def legend_of(view: Views, # what is shown
               ) -> str:    # one line
@@ -244,17 +260,23 @@ def circuits_page(shown: Iterable[Views],  # in this order
     "Views by CircuitsVis on one self-contained page."
     shown = list(shown)
     head = '<div style="margin:0 0 6px"><b>{}</b> <small style="opacity:.75">{}</small></div>'
-    places = "".join(head.format(caption(each.title), legend_of(each)) + f'<div id="sl-cv-{i}" class="sl-cv-sheet">{each.to_html()}</div>'
+    sheet = '<div id="sl-cv-{}" class="sl-cv-sheet">{}</div>'
+    places = "".join(head.format(caption(each.title), legend_of(each)) + sheet.format(i, each.to_html())
                      for i, each in enumerate(shown))
     script = bundle().replace("</script", "<\\/script")
-    draw = ('for (const [i, { element, props }] of JSON.parse(document.getElementById("sl-cv-data").textContent).entries()) {'
-            'document.getElementById(`sl-cv-${i}`).replaceChildren(); CircuitsVis.render(`sl-cv-${i}`, CircuitsVis[element], props); }')
-    body = (f'<style>{static("circuitsvis.css")}</style>{places}<script type="application/json" id="sl-cv-data">{_safe([*map(_drawn, shown)])}</script>'
+    draw = ("for (const [i, { element, props }] of "
+            'JSON.parse(document.getElementById("sl-cv-data").textContent).entries()) {'
+            "document.getElementById(`sl-cv-${i}`).replaceChildren(); "
+            "CircuitsVis.render(`sl-cv-${i}`, CircuitsVis[element], props); }")
+    data = _safe([*map(_drawn, shown)])
+    body = (f'<style>{static("circuitsvis.css")}</style>{places}'
+            f'<script type="application/json" id="sl-cv-data">{data}</script>'
             f"<script>{script}</script><script>{draw}</script></body>")
     return page([], title).replace("</body>", body, 1)
 
 # %% ../../nbs/09_views/26_circuitsvis.ipynb #b0f11c2d
-@widgets.add("circuitsvis", idea="attention heads or neurons by CircuitsVis", example=lambda: CircuitsWidget(_attention_example()))
+@widgets.add("circuitsvis", idea="attention heads or neurons by CircuitsVis",
+             example=lambda: CircuitsWidget(_attention_example()))
 class CircuitsWidget(AbstractWidget):
     "Attention heads or neurons, drawn by CircuitsVis."
     _esm = static("base.js", "circuitsvis.js")
@@ -275,7 +297,8 @@ class CircuitsWidget(AbstractWidget):
                  layer: int = 0,                                      # which of them `view` is
                  answers: Mapping[str, Callable] | None = None,       # more functions for the script
                  **traits: Any):                                      # of the class
-        super().__init__(view, {"bundle": bundle, **(answers or {})}, layers=list(layers), layer=layer, **_traits(view), **traits)
+        super().__init__(view, {"bundle": bundle, **(answers or {})}, layers=list(layers), layer=layer,
+                         **_traits(view), **traits)
         self.make = make
 
     def show(self, view: Views) -> None: # view: what is shown from now on
@@ -290,4 +313,5 @@ class CircuitsWidget(AbstractWidget):
 
 def _traits(view: Views) -> dict:
     data = numbers(view)
-    return {"element": ELEMENTS[type(view).__name__], "title": token_text(view.title, 200), "legend": legend_of(view), "props": props(view), "shape": list(data.shape), "data": data.tobytes()}
+    return {"element": ELEMENTS[type(view).__name__], "title": token_text(view.title, 200),
+            "legend": legend_of(view), "props": props(view), "shape": list(data.shape), "data": data.tobytes()}

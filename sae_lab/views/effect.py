@@ -65,7 +65,8 @@ def lines(seen: TokenEffect, # an effect
     if seen.effect is not None:
         p, q = (number(math.exp(-loss)) for loss in (seen.loss_before, seen.loss_after))
         verdict = "it helps" if seen.effect > 0 else "it hurts" if seen.effect < 0 else "no effect"
-        said.append(f"next token “{token_text(seen.following or '')}”: loss {number(seen.loss_before)} → {number(seen.loss_after)} "
+        said.append(f"next token “{token_text(seen.following or '')}”: "
+                    f"loss {number(seen.loss_before)} → {number(seen.loss_after)} "
                     f"without it ({_signed(seen.effect)} nats, {verdict}), probability {p} → {q}")
     else: said.append("no next token in this text")
     if seen.later is not None: said.append(f"{seen.n_later} later tokens: {_signed(seen.later)} nats each, on average")
@@ -77,13 +78,15 @@ def lines(seen: TokenEffect, # an effect
 def _bar(each: Change, most: float) -> str:
     share = abs(each.by) / most if most > 0 else 0.0
     fill = f"linear-gradient(90deg,{'#e708' if each.by > 0 else '#17d8'} {share:.0%},#0000 0)"
-    return (f'<td style="background:{fill};padding:0 4px">{caption(each.token, 24)}</td><td align="right" style="padding-left:6px">'
-            f'{number(each.before, 2)} → {number(each.after, 2)}</td>')
+    return (f'<td style="background:{fill};padding:0 4px">{caption(each.token, 24)}</td>'
+            f'<td align="right" style="padding-left:6px">{number(each.before, 2)} → {number(each.after, 2)}</td>')
 
 def _effect_html(seen: TokenEffect) -> str:
     most = max((abs(each.by) for each in (*seen.promoted, *seen.suppressed) if math.isfinite(each.by)), default=0.0)
-    table = lambda name, side: (f'<table cellpadding="0" style="white-space:pre"><tr><td colspan="2"><small style="opacity:.7">{name}</small></td>'
-                                f'</tr>{"".join(f"<tr>{_bar(each, most)}</tr>" for each in side)}</table>') if side else ""
+    def table(name: str, side: tuple[Change, ...]) -> str:
+        head = f'<tr><td colspan="2"><small style="opacity:.7">{name}</small></td></tr>'
+        rows = "".join(f"<tr>{_bar(each, most)}</tr>" for each in side)
+        return f'<table cellpadding="0" style="white-space:pre">{head}{rows}</table>' if side else ""
     tables = table("promoted", seen.promoted) + table("suppressed", seen.suppressed)
     first, *rest = (f"<div>{escape(token_text(line, 400))}</div>" for line in lines(seen))
     style = escape(f"font:12px/1.5 {SANS};font-variant-numeric:tabular-nums")
@@ -94,4 +97,5 @@ def _effect_html(seen: TokenEffect) -> str:
 def _example() -> TokenEffect:
     "An effect as the docs and the contract tests show it."
     up = Change(" said", 0.31, 0.12), Change(" ran", 0.2, 0.15)
-    return TokenEffect(17, " fox", 4.2, " said", 1.17, 2.12, up, (Change(" is", 0.02, 0.11),), 0.02, 40, (), "fables/3:17")
+    down = (Change(" is", 0.02, 0.11),)
+    return TokenEffect(17, " fox", 4.2, " said", 1.17, 2.12, up, down, 0.02, 40, (), "fables/3:17")

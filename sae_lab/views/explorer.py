@@ -98,7 +98,8 @@ def follow_path(explorer: ExplorerWidget,  # alive
                 ) -> None:
     "Let cards show the path of an explorer; raises InputError for a dictionary that does not exist."
     wrong = [level for level in cards if not 0 <= level < len(explorer.sizes)]
-    if wrong: raise InputError(f"cards for dictionaries {wrong}", f"numbers below {len(explorer.sizes)}", "count from 0")
+    if wrong:
+        raise InputError(f"cards for dictionaries {wrong}", f"numbers below {len(explorer.sizes)}", "count from 0")
     def turn(change: Any = None) -> None:
         for level, card in cards.items():
             latent = explorer.path[level] if level < len(explorer.path) else -1

@@ -188,8 +188,8 @@ def _told(edges: pd.DataFrame, sizes: tuple[int, ...]) -> SimpleNamespace:
         states.append(pd.DataFrame({"level": level, "latent": np.arange(size), "state": state}))
         if level + 1 < len(sizes):
             half = 1.96 * down.std() / size ** 0.5
-            means.append({"level": level, "size": sizes[level + 1], "mean": down.mean(), "low": max(0.0, down.mean() - half),
-                          "high": down.mean() + half, "n": size})
+            means.append({"level": level, "size": sizes[level + 1], "mean": down.mean(),
+                          "low": max(0.0, down.mean() - half), "high": down.mean() + half, "n": size})
     nulls = [{"evidence": kind, "null": null, "draws": 10_000, "q50": a, "q95": b, "q99": c, "max": d}
              for kind, null, a, b, c, d in (("cosine", "decoder rows of shuffled coordinates", .0, .12, .17, .24),
                                             ("correlation", "activations shifted by whole documents", .0, .05, .09, .2),
@@ -309,7 +309,8 @@ def _between(made: Ladder, members: list[Member], tree: set) -> tuple[Edge, ...]
                               float(edges["q"][i]), ((level, parent), (level + 1, child)) in tree))
     return tuple(found)
 
-def _siblings(made: Ladder, focus: tuple[int, int], parent: int, row: Number, most: int, places: list) -> tuple[dict, int]:
+def _siblings(made: Ladder, focus: tuple[int, int], parent: int, row: Number, most: int,
+              places: list) -> tuple[dict, int]:
     "Other children of a parent, in rows beneath the focus, and how many are left out."
     kept, left = _column(made, focus[0] - 1, [parent], True, most)
     others = [(focus[0], each) for each in kept[parent] if each != focus[1]]
@@ -342,7 +343,8 @@ def family(made: Ladder,          # a ladder
         tree |= {(parent, each) for each in beside}
         members[parent] = replace(members[parent], hidden=members[parent].hidden + left)
         half = len(beside) / 2  # ancestors stand before the middle of the siblings
-        members = {at: each if at == focus else replace(each, row=each.row + half) for at, each in members.items()} | beside
+        moved = {at: each if at == focus else replace(each, row=each.row + half) for at, each in members.items()}
+        members = moved | beside
     found = sorted(members.values(), key=lambda each: ((each.level, each.latent) != focus, each.level, each.row))
     least = min(each.row for each in found) - 0.5
     found = [replace(each, row=each.row - least) for each in found]

@@ -27,7 +27,8 @@ METRICS = {"activation": "activation, model units",
            "total": "loss of all later tokens without it, change in nats"}
 
 # %% ../../nbs/09_views/25_prompt.ipynb #1dc9df9f
-@views.add("prompt", idea="for each token of a text the latents that fire, by three measures", example=lambda: _example())
+@views.add("prompt", idea="for each token of a text the latents that fire, by three measures",
+           example=lambda: _example())
 @dataclass(frozen=True, repr=False)
 class PromptView(AbstractPayload):
     "The latents that fire on a text."
@@ -84,8 +85,8 @@ def _example() -> "PromptView":
     return PromptView(tokens, (True, *[False] * (n - 1)), tuple(float(x) for x in rng.gamma(3, 1, n - 1)) + (None,),
                       tuple(range(100, 100 + 7 * m, 7)), tuple(int(10 ** (1 + i / 4)) for i in range(m)),
                       tuple(10 ** (i / 4 - 4) for i in range(m)), labels,
-                      tuple(at.tolist()), tuple(which.tolist()), tuple(strength.tolist()), tuple(rank.tolist()), tuple(some),
-                      tuple(None if x is None else 1.5 * x for x in some), "topk-128", "an example")
+                      tuple(at.tolist()), tuple(which.tolist()), tuple(strength.tolist()), tuple(rank.tolist()),
+                      tuple(some), tuple(None if x is None else 1.5 * x for x in some), "topk-128", "an example")
 
 # %% ../../nbs/09_views/25_prompt.ipynb #261b47e7
 def entries(view: PromptView,        # what is shown
@@ -161,7 +162,8 @@ def _best(view: PromptView, order: list[int], metric: str, n: int = 3) -> dict[i
     for i in order:
         here = found.setdefault(view.at[i], [])
         colour = ' style="color:#17d"' if value[i] < 0 else ""
-        if len(here) < n: here.append(f"<b>{view.latents[view.which[i]]}</b> <small{colour}>{number(value[i], 2)}</small>")
+        if len(here) < n:
+            here.append(f"<b>{view.latents[view.which[i]]}</b> <small{colour}>{number(value[i], 2)}</small>")
     return {at: " · ".join(parts) for at, parts in found.items()}
 
 def _rows_html(view: PromptView, budget: int) -> tuple[str, int]:
@@ -221,9 +223,10 @@ def packed(view: PromptView,  # any
     words = [SEP.join(token_text(part, 24) for part in label.split(SEP)[:4]) for label in view.labels]
     return {"numbers": block.tobytes(),
             "facts": {"tokens": [token_text(token, 40) for token in view.tokens], "special": list(view.special),
-                      "loss": [_finite(x) for x in view.loss], "latents": list(view.latents), "counts": list(view.counts),
-                      "density": [_finite(x) for x in view.density], "labels": words, "title": token_text(view.title, 160),
-                      "note": token_text(facts(view), 600), "metrics": dict(METRICS)}}
+                      "loss": [_finite(x) for x in view.loss], "latents": list(view.latents),
+                      "counts": list(view.counts), "density": [_finite(x) for x in view.density], "labels": words,
+                      "title": token_text(view.title, 160), "note": token_text(facts(view), 600),
+                      "metrics": dict(METRICS)}}
 
 def _finite(x: Number | None) -> Number | None:
     return x if x is not None and math.isfinite(x) else None

@@ -45,8 +45,9 @@ class SplittingView(AbstractPayload):
     def rows(self) -> list[dict]: # one an edge of the family
         return [{"parent_dictionary": self.names[each.level], "parent": each.parent,
                  "child_dictionary": self.names[each.level + 1], "child": each.child, "cosine": each.cosine,
-                 "correlation": each.correlation, "p_parent_given_child": each.given, "p_child_given_parent": each.reverse,
-                 "n_child": each.n, "p": each.p, "q": each.q, "main": each.main} for each in self.edges]
+                 "correlation": each.correlation, "p_parent_given_child": each.given,
+                 "p_child_given_parent": each.reverse, "n_child": each.n, "p": each.p, "q": each.q, "main": each.main}
+                for each in self.edges]
 
 def splitting_view(made: Ladder,          # from `views.family.ladder`
                    level: int = 0,        # number of the focus's dictionary
@@ -111,7 +112,8 @@ def forest(view: SplittingView,   # what is shown
     pillars = "".join(_pillar(view, level, x(level), height) for level in range(len(view.sizes)))
     body = f'<path d="{"".join(parts)}" {look}/>' + _threads(view, x, height) + pillars
     steps = " to ".join(f"{size:,}" for size in view.sizes)
-    says = f"{view.shown:,} edges between dictionaries of {steps} latents; in colour the family of latent {view.focus.latent}"
+    says = (f"{view.shown:,} edges between dictionaries of {steps} latents; "
+            f"in colour the family of latent {view.focus.latent}")
     return drawing(Frame((0, 1), (0, 1), width, height), body, says)
 
 def _depth(view: SplittingView, level: int, place: Number, height: int, end: bool = False) -> float:
@@ -288,7 +290,8 @@ def _shadow(view: SplittingView, kind: str, level: int, ys: list, at) -> str:
     "What a null reaches, in the rows of its step of the ladder."
     null = null_of(view, kind, level)
     if null is None: return ""
-    said = caption(f"{null.null}: 99 % of {null.draws:,} draws up to {number(null.q99)}, the largest {number(null.max)}")
+    said = caption(f"{null.null}: 99 % of {null.draws:,} draws up to {number(null.q99)}, "
+                   f"the largest {number(null.max)}")
     tops = [f"{y - ROW / 2:.5g}" for y in ys]
     field = "".join(f"M{at(0):g} {top}H{at(null.q99):g}v{ROW}H{at(0):g}z" for top in tops)
     line = "".join(f"M{at(null.max):g} {top}v{ROW}" for top in tops)
@@ -375,7 +378,8 @@ def walk(view: SplittingView, # what is shown
         for each in view.edges:
             pair = (each.level, each.parent), (each.level + 1, each.child)
             own, other = pair if down else pair[::-1]
-            if each.main and own == member and down == (each.level >= view.focus.level): step(other, depth + 1, each, down)
+            if each.main and own == member and down == (each.level >= view.focus.level):
+                step(other, depth + 1, each, down)
     focus = view.focus.level, view.focus.latent
     step(focus, 0, None, True)
     downward = len(found)
@@ -393,7 +397,8 @@ def evidence_rows(view: SplittingView,  # what is shown
         low, high = wilson(round(share(edge.given) * edge.n), edge.n) if edge.n > 0 else (math.nan, math.nan)
         mark = "beside" if member.branch == -2 else "‹" * -depth if depth < 0 else "\u2003" * (depth - 1)
         rows.append({"relative": f"{mark} {view.names[member.level]}:{member.latent} {name_of(member, 24)}".strip(" "),
-                     "P(parent|child)": f"{number(edge.given, 2)} ({number(float(low), 2)} to {number(float(high), 2)})",
+                     "P(parent|child)": f"{number(edge.given, 2)} "
+                                        f"({number(float(low), 2)} to {number(float(high), 2)})",
                      "P(child|parent)": number(edge.reverse, 2), "cosine": number(edge.cosine, 2),
                      "correlation": number(edge.correlation, 2), "child's n": edge.n, "q": number(edge.q, 2)})
     return rows
@@ -422,10 +427,12 @@ def _text(view: SplittingView) -> str:
 # %% ../../nbs/09_views/245_splitting.ipynb #70c555f8
 def _nulls(view: SplittingView) -> list[dict]:
     "What chance gives, a row a null."
+    last = len(view.names) - 1
     return [{"evidence": TITLES.get(each.evidence, token_text(each.evidence, 30)),
-             "step": "all" if each.level < 0 else token_text(view.names[min(each.level, len(view.names) - 1)], 20) + " →",
-             "null": token_text(each.null, 90), "draws": each.draws, "median": number(each.q50), "95 %": number(each.q95),
-             "99 %": number(each.q99), "largest": number(each.max)} for each in view.nulls]
+             "step": "all" if each.level < 0 else token_text(view.names[min(each.level, last)], 20) + " →",
+             "null": token_text(each.null, 90), "draws": each.draws, "median": number(each.q50),
+             "95 %": number(each.q95), "99 %": number(each.q99), "largest": number(each.max)}
+            for each in view.nulls]
 
 def _table(rows: list[dict]) -> str:
     "A plain table in few bytes: words to the left, numbers to the right."
@@ -435,26 +442,31 @@ def _table(rows: list[dict]) -> str:
     told = lambda value: value if isinstance(value, str) else number(value)
     lines = [{key: key for key in rows[0]}, *rows]
     body = "".join(f"<tr>{''.join(cell(key, told(each[key])) for key in each)}</tr>" for each in lines)
-    return f'<table cellpadding="3" style="text-align:right;font-variant-numeric:tabular-nums;font-size:12px">{body}</table>'
+    look = "text-align:right;font-variant-numeric:tabular-nums;font-size:12px"
+    return f'<table cellpadding="3" style="{look}">{body}</table>'
 
 HOW = ("A bar is all firings of a latent. A ribbon covers, at its left end, the share of the parent's firings on which the "
-       "child fires, and at its right end the share of the child's firings on which the parent fires; grey: another parent or child.")
+       "child fires, and at its right end the share of the child's firings on which the parent fires; "
+       "grey: another parent or child.")
 
 def _html(view: SplittingView) -> str:
     "The static page."
     focus, beside = view.focus, "display:inline-block;vertical-align:top;margin:4px 18px 4px 0;max-width:100%"
-    kin = f"{focus.parents:,} parent{'s' * (focus.parents != 1)}, {focus.children:,} child{'ren' * (focus.children != 1)}"
+    kin = (f"{focus.parents:,} parent{'s' * (focus.parents != 1)}, "
+           f"{focus.children:,} child{'ren' * (focus.children != 1)}")
     if not focus.parents and not focus.children: kin += ": no shown edge leads to or from it, or it hardly ever fires"
     title = f"{caption(view.title)} · " if view.title else ""
     head = (f'<div style="font-size:16px"><b>latent {focus.latent}</b> of {caption(view.names[focus.level])} '
             f'<small style="opacity:.75">{caption(name_of(focus, 60))}</small></div>'
-            f'<div style="opacity:.85">{title}{kin}</div><div><small style="opacity:.75">{caption(summary(view))}</small></div>')
+            f'<div style="opacity:.85">{title}{kin}</div>'
+            f'<div><small style="opacity:.75">{caption(summary(view))}</small></div>')
     pictures = "".join(f'<div style="{beside}">{each}</div>' for each in (forest(view) + growth(view), flow(view)))
     tables = ""
     for name, rows in (("evidence of each edge", evidence_rows(view)), ("nulls", _nulls(view))):
-        if rows: tables += f'<details><summary>{name}</summary><div style="overflow-x:auto">{_table(rows)}</div></details>'
-    return (f'<div style="font:13px/1.5 {SANS}">{head}{pictures}<div><small style="opacity:.75">{caption(HOW, 400)}</small></div>'
-            f"{tables}</div>")
+        if rows:
+            tables += f'<details><summary>{name}</summary><div style="overflow-x:auto">{_table(rows)}</div></details>'
+    return (f'<div style="font:13px/1.5 {SANS}">{head}{pictures}'
+            f'<div><small style="opacity:.75">{caption(HOW, 400)}</small></div>{tables}</div>')
 
 # %% ../../nbs/09_views/245_splitting.ipynb #38de27c5
 def _example() -> SplittingView:

@@ -128,7 +128,8 @@ def test_interval_of_a_correlation_covers(made):
 def test_chance_is_what_chance_gives():
     draw = torch.Generator().manual_seed(0)
     for d, m in ((2, 10), (16, 100), (128, 1000)):
-        blind = [cosines(torch.randn(1, d, generator=draw), torch.randn(m, d, generator=draw)).max() for _ in range(400)]
+        blind = [cosines(torch.randn(1, d, generator=draw), torch.randn(m, d, generator=draw)).max()
+                 for _ in range(400)]
         assert (torch.stack(blind) > chance_cosine(d, m)).double().mean() == pytest.approx(0.05, abs=0.04)
     draw = np.random.default_rng(0)
     false = [
