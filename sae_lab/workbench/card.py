@@ -52,7 +52,7 @@ def weight_facts(coder: AbstractCoder,   # any coder
 def logit_effects(subject: Subject,     # the model
                   coder: AbstractCoder, # writes at its hooks
                   latent: int,          # which
-                  ) -> Float[np.ndarray, "d_vocab"] | None: # per unit of activation; None: a hook does not write to the stream
+                  ) -> Float[np.ndarray, "d_vocab"] | None: # per unit of activation; None: a hook is not on the stream
     "What a latent does to the logits directly, over all hooks it is written to."
     to = ports(subject, coder)
     if any(subject.to_residual(name) is None for name in to.write): return None
@@ -65,8 +65,8 @@ def logit_chart(effects: Float[np.ndarray, "d_vocab"], # per unit of activation
     "All tokens of the vocabulary by what the latent does to them."
     finite = effects[np.isfinite(effects)].astype(np.float64)
     counts, edges = np.histogram(finite if len(finite) else [0.0], bins)
-    return HistogramChart(tuple(edges.tolist()), tuple(counts.tolist()), x_label="effect on the logit, per unit", y_label="tokens",
-                          log_counts=True, colour="#8a8a8a")
+    return HistogramChart(tuple(edges.tolist()), tuple(counts.tolist()), x_label="effect on the logit, per unit",
+                          y_label="tokens", log_counts=True, colour="#8a8a8a")
 
 # %% ../../nbs/10_lab/03_card.ipynb #0fcc12e5
 @cache
@@ -87,8 +87,10 @@ def neurons(coder: AbstractCoder, # of an MLP's hook
     if layer is None: return None
     row = coder.W_dec[latent].detach().float().cpu().numpy()
     share = row**2 / max(float((row**2).sum()), 1e-30)
-    note = f"as if spread over {number(1 / max(float((share**2).sum()), 1e-30))} of {len(row):,}; a random row's largest: {number(chance_share(len(row)), 2)}"
-    rows = [Row(f"neuron {layer[1]}.{i}", float(share[i]), note=f"weight {number(float(row[i]))}") for i in (-share).argsort()[:n].tolist()]
+    spread, chance = number(1 / max(float((share**2).sum()), 1e-30)), number(chance_share(len(row)), 2)
+    note = f"as if spread over {spread} of {len(row):,}; a random row's largest: {chance}"
+    rows = [Row(f"neuron {layer[1]}.{i}", float(share[i]), note=f"weight {number(float(row[i]))}")
+            for i in (-share).argsort()[:n].tolist()]
     return Ranking("neurons", tuple(rows), "share of decoder norm²", note)
 
 # %% ../../nbs/10_lab/03_card.ipynb #aa948806
@@ -125,7 +127,8 @@ def _by_head(title: str, value: np.ndarray, unit: str, sure: np.ndarray | None) 
 def fired_tokens(page: Page,      # of a latent
                  ) -> Ranking:    # shares of the summed activation
     "The tokens that carry a latent."
-    rows = [Row(token_text(each.string), each.share, note=f"{each.count:,} activations; fires on {each.fires:.0%} of its occurrences")
+    rows = [Row(token_text(each.string), each.share,
+                note=f"{each.count:,} activations; fires on {each.fires:.0%} of its occurrences")
             for each in page.tokens]
     return Ranking("fires on", tuple(rows), "share of its summed activation", full=1)
 
@@ -136,7 +139,8 @@ def concept_ranking(concepts: Any,     # with best(latent, n): a table of concep
     "The concepts that fit a latent best."
     found = concepts.best(latent, n).to_dict("records")
     rows = [{"name": each["concept"], "value": each["mcc"], "low": each["mcc_low"], "high": each["mcc_high"],
-             "note": f"F1 {number(each['f1'])}, IoU {number(each['iou'])}, lift {number(each['lift'])}, {each['both']:,} tokens in both"}
+             "note": f"F1 {number(each['f1'])}, IoU {number(each['iou'])}, lift {number(each['lift'])}, "
+                     f"{each['both']:,} tokens in both"}
             for each in found]
     chance = f"chance reaches {number(found[0]['mcc_null'], 2)}" if found else "no concept has the evidence"
     return ranking(rows, "concepts", "MCC", note=chance, full=1)
@@ -165,7 +169,8 @@ def neighbour_rankings(coder: AbstractCoder, # of the index
 
     def ranked(kind, title, unit):
         rows = found.rows(kind)
-        ready = [{**row, "name": names[int(row["latent"])], "latent": int(row["latent"]), "note": _both(row)} for row in rows]
+        ready = [{**row, "name": names[int(row["latent"])], "latent": int(row["latent"]), "note": _both(row)}
+                 for row in rows]
         chance = f"random: below {number(rows[0]['chance'], 2)}" if rows and "chance" in rows[0] else ""
         if not rows: chance = f"none with enough evidence: it fires on {found.count:,} token{'s' * (found.count != 1)}"
         return ranking(ready, title, f"{unit}, of {found.compared:,}", note=chance, full=1)
@@ -173,7 +178,8 @@ def neighbour_rankings(coder: AbstractCoder, # of the index
 
 def _both(row: dict) -> str:
     if "both" not in row: return ""
-    return f"{int(row['both']):,} tokens in both, {number(row['expected'])} by chance, p {'<' if row['p'] < 1e-4 else '='} {number(max(row['p'], 1e-4), 2)}"
+    p = f"p {'<' if row['p'] < 1e-4 else '='} {number(max(row['p'], 1e-4), 2)}"
+    return f"{int(row['both']):,} tokens in both, {number(row['expected'])} by chance, {p}"
 
 # %% ../../nbs/10_lab/03_card.ipynb #7104efc7
 SIZES = Sizes(random=0, bands=10, per_band=2, intervals=5, per_interval=2, negatives=0, near_misses=5)
@@ -203,9 +209,12 @@ def card(subject: Subject,                      # the model
     page = index.page(latent, n_top=7, sizes=sizes, seed=seed)
     effects, more = logit_effects(subject, coder, latent), {}
     words = index.text.vocab or subject.strings(list(range(subject.d_vocab)))
-    if effects is not None: more = {"logits": logit_table(effects.tolist(), words), "logit_histogram": logit_chart(effects)}
-    lists = [*([concept_ranking(concepts, latent)] if concepts is not None else []), *([fired_tokens(page)] if page.tokens else []),
-             *(neighbour_rankings(coder, index, latent, near) if near else []), neurons(coder, latent), *heads(subject, coder, index, page)]
+    if effects is not None:
+        more = {"logits": logit_table(effects.tolist(), words), "logit_histogram": logit_chart(effects)}
+    named = [concept_ranking(concepts, latent)] if concepts is not None else []
+    fired = [fired_tokens(page)] if page.tokens else []
+    alike = neighbour_rankings(coder, index, latent, near) if near else []
+    lists = [*named, *fired, *alike, neurons(coder, latent), *heads(subject, coder, index, page)]
     return latent_card(page, tokens=index.n_tokens, where=described(coder, index) if where is None else where, top=7,
                        per_band=sizes.per_band, near_misses=sizes.near_misses, per_interval=sizes.per_interval,
                        facts=weight_facts(coder, latent), rankings=tuple(each for each in lists if each is not None),
