@@ -500,14 +500,14 @@ function render({ model, el }) {
     svg.append(draw("path", { d: leaders.join(""), stroke: "currentColor", "stroke-dasharray": "1 4", opacity: .35 }));
   }
   const fits = (m, at) => {
-    const room = (m.level + 1 < data.sizes.length ? at.step : at.names) - 24, more = m.hidden ? 8 + String(m.hidden).length : 0;
+    const room = (m.level + 1 < data.sizes.length ? at.step : at.names) - 24, more = m.hidden ? 9 + String(m.hidden).length : 0;
     return Math.max(3, Math.floor((room - 7 * String(latentOf(m.id)).length - 5) / 6.1) - more);
   };
 
   function node(m, at) {
     const x = at.xs[m.level], y = at.ys.get(m.id), tall = at.tall.get(m.id), focus = m.id === fam.focus, ink = hue(m.branch);
     const g = draw("g", { class: "sl-ex-node", role: "treeitem", tabindex: -1 }), tree = model.get("mode") === "tree";
-    const more = m.hidden ? ` +${m.hidden.toLocaleString("en")} more` : "", name = nameOf(data, m.id, fits(m, at)) + more;
+    const more = m.hidden ? ` · ${m.hidden.toLocaleString("en")} more` : "", name = nameOf(data, m.id, fits(m, at)) + more;
     const digits = 7 * String(latentOf(m.id)).length + 5;
     g.append(draw("rect", { x: x - 3, y: y - Math.max(tall / 2, 9), width: 18 + digits + 6 * name.length, height: Math.max(tall, 18), class: "sl-ex-hit" }),
       draw("rect", { x: x + 10, y: y - 7, width: 4 + digits + 6.1 * name.length, height: 14, rx: 3, class: "sl-ex-plate" }),

@@ -14,6 +14,20 @@ function short(x, digits = 3) {
 }
 const trimmed = (text) => (text.includes(".") && !text.includes("e") ? text.replace(/0+$/, "").replace(/\.$/, "") : text);
 
+/** A number with the decimals of its column, whose largest is `most`. */
+function level(x, most, digits = 3) {
+  if (x === null || x === undefined || !Number.isFinite(x) || !(most >= 0.01 && most < 1000)) return short(x, digits);
+  const text = x.toFixed(Math.max(0, digits - 1 - Math.floor(Math.log10(most))));
+  return x && !Number(text) ? short(x, 1) : text;
+}
+
+/** The largest size of numbers; those that are not known are passed over. */
+function largest(values) {
+  let most = 0;
+  for (const x of values) if (Math.abs(x) > most && Number.isFinite(x)) most = Math.abs(x);
+  return most;
+}
+
 /** Bytes of a trait as numbers, whatever their alignment. */
 function typed(view, kind) {
   if (!view || !view.byteLength) return new kind(0);

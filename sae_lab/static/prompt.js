@@ -10,7 +10,7 @@ function svg(tag, facts = {}, ...children) {
   return el;
 }
 const cut = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
-const signed = (x) => (x > 0 ? `+${short(x)}` : short(x));
+const signed = (x, most = 0) => (x > 0 ? "+" : "") + level(x, most);
 
 /** Entries as objects, with what is known about each. */
 function read(model) {
@@ -225,27 +225,28 @@ function render({ model, el }) {
       button.onclick = () => wait(button, "effects", { token: at });
       head.append(button);
     }
+    const tops = { activation: largest(shown.map((e) => e.activation)), loss: largest(shown.flatMap((e) => [e.effect, e.total])) };
     const names = ["latent", "top tokens", ...(here ? [] : ["at"]), "activation", "quantile", "Δ next", "Δ later", "density"];
     const notesOf = { "Δ next": ABOUT.effect, "Δ later": ABOUT.total, density: "share of the tokens of the index on which it fires", quantile: ABOUT.quantile, activation: ABOUT.activation };
     const table = make("table", { role: "grid" }, make("tr", {}, ...names.map((textContent) => make("th", { textContent, title: notesOf[textContent] ?? "", className: ["top tokens", "at"].includes(textContent) ? "sl-p-words" : "" }))),
-      ...shown.map((e, i) => line(e, i, here)));
+      ...shown.map((e, i) => line(e, i, here, tops)));
     const held = [...list.querySelectorAll("tr")].indexOf(document.activeElement);
     list.replaceChildren(head, shown.length ? make("div", { className: "sl-p-scroll" }, table) : make("p", { className: "sl-quiet", textContent: "none" }));
     if (held > 0) list.querySelectorAll("tr")[held]?.focus();
   }
-  function line(e, i, here) {
+  function line(e, i, here, tops) {
     const { facts } = data, tr = make("tr", { tabIndex: i ? -1 : 0 });
     const put = (content, className = "") => tr.append(make("td", { className }, ...(Array.isArray(content) ? content : [content])));
     const coloured = (x, name, text) => { put(text); if (get("metric") === name) tr.lastChild.style.background = shade(x); };
     put(String(latentOf(e)), "sl-p-latent");
     put(chips(facts.labels[e.which]), "sl-p-words");
     if (!here) put(chips(facts.tokens[e.at]), "sl-p-words");
-    coloured(e.activation, "activation", short(e.activation));
-    coloured(e.quantile, "quantile", Number.isNaN(e.quantile) ? "–" : short(e.quantile));
+    coloured(e.activation, "activation", level(e.activation, tops.activation));
+    coloured(e.quantile, "quantile", Number.isNaN(e.quantile) ? "–" : e.quantile.toFixed(3));
     tr.lastChild.title = `of ${facts.counts[e.which].toLocaleString("en-US")} activations in the index`;
     tr.lastChild.classList.toggle("sl-p-few", facts.counts[e.which] < FEW);
-    coloured(e.effect, "effect", Number.isNaN(e.effect) ? "–" : signed(e.effect));
-    coloured(e.total, "total", Number.isNaN(e.total) ? "–" : signed(e.total));
+    coloured(e.effect, "effect", Number.isNaN(e.effect) ? "–" : signed(e.effect, tops.loss));
+    coloured(e.total, "total", Number.isNaN(e.total) ? "–" : signed(e.total, tops.loss));
     put(short(facts.density[e.which], 2));
     tr.setAttribute("aria-selected", e.which === chosen());
     tr.onclick = () => choose(e.which);

@@ -60,7 +60,7 @@ class LatentCard(AbstractPayload):
 RARE = 30     # activations below which a card warns that it rests on little evidence
 DENSE = 0.1   # share of tokens above which a latent is called dense
 
-# %% ../../nbs/09_views/05_card.ipynb #677a1e70
+# %% ../../nbs/09_views/05_card.ipynb #acda1e29
 STATES = {"dead": "dead: it never fired", "rare": f"rare: fewer than {RARE} activations, little evidence",
           "dense": f"dense: it fires on more than {DENSE:.0%} of tokens", "": ""}
 NAMES = {"mean": "mean", "max": "max", "norm": "decoder norm", "encoder": "encoder norm", "bias": "encoder bias",
@@ -76,7 +76,8 @@ def tiles(card: LatentCard,                   # a card
         low, high = (None if get(key) is None else 100 * get(key) for key in ("density_low", "density_high"))
         sure = f"{number(low)} to {number(high)}" if low is not None and high is not None else ""
         made.append(("density", f"{number(100 * get('density'))} %", sure))
-    return made + [(name, number(get(key)), "") for key, name in NAMES.items() if get(key) is not None]
+    known = [key for key in NAMES if get(key) is not None and (count or key not in ("mean", "max"))]
+    return made + [(NAMES[key], number(get(key)), "") for key in known]
 
 def facts(card: LatentCard, # a card
           ) -> list[str]:   # short phrases

@@ -90,7 +90,7 @@ def even(value: Number,  # any number
     text = f"{value:.{3 if size < 0.2 else 2 if size < 10 else 1 if size < 100 else 0}f}"
     return text if float(text) or not value else number(value, 1)
 
-# %% ../../nbs/09_views/045_card_parts.ipynb #f62d5658
+# %% ../../nbs/09_views/045_card_parts.ipynb #3283a94f
 SOLID, LIGHT, COLD = "#8888", "#8883", "#17d8"  # a bar, its unsure part, a negative bar
 
 def _percent(value: Number | None, most: float) -> int:
@@ -115,7 +115,7 @@ def _row_html(row: Row, most: float, live: bool) -> str:
     go = f' class="sl-go" data-latent="{row.latent}" tabindex="0" role="button"' if leads else ""
     spread = f' <small style="opacity:.6">{sure}</small>' if sure else ""
     return (f'<tr{tip}{go}><td style="background:{bar_style(row, most)};padding:0 4px;overflow:hidden;'
-            f'text-align:left;white-space:pre">{caption(row.name, 40)}</td>'
+            f'text-align:left;white-space:pre-wrap">{caption(row.name, 40)}</td>'
             f'<td align="right" width="{126 if sure else 50}" style="padding:0">'
             f"{even(row.value, most)}{spread}</td></tr>")
 
@@ -219,7 +219,7 @@ def group_html(group: Group,   # a group with windows
                 for i, (each, cells) in enumerate(zip(group.windows, made))]
     return head + "".join(made)
 
-# %% ../../nbs/09_views/045_card_parts.ipynb #4d55e2c3
+# %% ../../nbs/09_views/045_card_parts.ipynb #3ea4088a
 def band_group(band: Any,          # anything with low, high, count, examples
                name: str,          # how it was cut
                total: int,         # activations in all
@@ -231,7 +231,8 @@ def band_group(band: Any,          # anything with low, high, count, examples
     share = 100 * count / max(total, 1)
     whole = f"{share:.0f}%" if share >= 1 or not count else f"{number(share, 1)}%"
     note = f"{number(band.low, 2)} – {number(band.high, 2)}, n = {count:,} ({whole})"
-    return Group(name, note, tuple(map(window, list(band.examples)[:keep])), family)
+    chosen = sorted(map(window, list(band.examples)[:keep]), key=lambda each: -abs(shown(each)))
+    return Group(name, note, tuple(chosen), family)
 
 def rank_groups(page: Any,             # a page of a feature index
                 per_band: int,         # windows of each band

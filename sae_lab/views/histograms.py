@@ -49,7 +49,7 @@ class HistogramChart(AbstractPayload):
         apart = {"low": None, "high": None, "count": self.apart, "label": self.apart_label}
         return [apart, *bins] if self.apart_label else bins
 
-# %% ../../nbs/09_views/03_histograms.ipynb #fca9f74a
+# %% ../../nbs/09_views/03_histograms.ipynb #e3240425
 def bin_text(chart: HistogramChart,  # a histogram
              i: int,                 # number of the bin
              ) -> str:               # "0.5 to 1: 12 tokens"
@@ -83,7 +83,8 @@ def _chart_html(chart: HistogramChart) -> str:
 
 def _summary(chart: HistogramChart) -> str:
     "What remains when the drawing is not seen."
-    parts = [f"{sum(chart.counts):,} {chart.y_label}".strip()]
+    n = sum(chart.counts)
+    parts = [f"{n:,} {chart.y_label.removesuffix('s') if n == 1 else chart.y_label}".strip()]
     if chart.apart_label: parts.append(f"{chart.apart:,} {chart.apart_label}")
     return " · ".join(token_text(part, 200) for part in (*parts, chart.note) if part)
 

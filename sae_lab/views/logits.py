@@ -36,7 +36,7 @@ def _sides(table: LogitTable) -> list[tuple[str, str, Number]]:
     up = [("promoted", *each) for each in zip(table.promoted, table.promoted_by, strict=True)]
     return up + [("suppressed", *each) for each in zip(table.suppressed, table.suppressed_by, strict=True)]
 
-# %% ../../nbs/09_views/04_logits.ipynb #b2957945
+# %% ../../nbs/09_views/04_logits.ipynb #cca51776
 def _bar(token: str, effect: Number, most: Number) -> str:
     "A row: the token over a bar of its length, and the number."
     share = abs(effect) / most if most > 0 and math.isfinite(effect) else 0.0
@@ -44,7 +44,12 @@ def _bar(token: str, effect: Number, most: Number) -> str:
     fill = f"linear-gradient(90deg,{colour} {share:.0%},#0000 0)"
     style = f"background:{fill};min-width:8em;padding:0 4px;white-space:pre;text-align:left"
     return (f'<td style="{style}">{caption(token, 40)}</td>'
-            f'<td style="padding:0 16px 0 6px;text-align:right">{number(effect)}</td>')
+            f'<td style="padding:0 16px 0 6px;text-align:right">{_even(effect, most)}</td>')
+
+def _even(effect: Number, most: Number) -> str:
+    "A number with the decimals of the largest."
+    if not (math.isfinite(effect) and 0.01 <= most < 1000): return number(effect)
+    return f"{effect:.{max(0, 2 - math.floor(math.log10(most)))}f}"
 
 def _table_html(table: LogitTable) -> str:
     sides = _sides(table)

@@ -224,7 +224,7 @@ def ports(edges: Sequence[Edge],  # of one family
                 top += scale * part
     return {edge: tuple(both) for edge, both in ends.items()}
 
-# %% ../../nbs/09_views/245_splitting.ipynb #2826a3f1
+# %% ../../nbs/09_views/245_splitting.ipynb #e9a3fac3
 TITLES = {"cosine": "cosine", "correlation": "correlation", "given": "P(parent|child)"}
 
 def outer(view: SplittingView, # what is shown
@@ -258,7 +258,7 @@ def name_of(member: Member,     # a latent
 def _name(member: Member, place: Stage) -> str:
     "As much of a name as fits beside its bar, and how many relatives are not drawn."
     room = place.xs[1] - place.xs[0] if len(place.xs) > 1 and member.level + 1 < len(place.xs) else 150
-    more = f" +{member.hidden:,} more" if member.hidden else ""
+    more = f" · {member.hidden:,} more" if member.hidden else ""
     return name_of(member, max(4, int((room - 27 - 7 * len(str(member.latent))) / 6) - len(more))) + more
 
 def _label_end(member: Member, place: Stage) -> float:
@@ -341,7 +341,7 @@ def _bar(view: SplittingView, member: Member, place: Stage) -> str:
     if name: parts.append(label(x + 12 + digits, round(y + 4 + rise, 1), name, "start"))
     return "".join(parts)
 
-# %% ../../nbs/09_views/245_splitting.ipynb #ecc768f5
+# %% ../../nbs/09_views/245_splitting.ipynb #b3f9a2f6
 def growth(view: SplittingView, # what is shown
            ) -> str:            # HTML
     "Children per latent at each step, with 95 % intervals."
@@ -349,7 +349,8 @@ def growth(view: SplittingView, # what is shown
     if not seen: return "<div><small>children per latent: not known</small></div>"
     top = max(max(share_or(each.high, each.mean), each.mean) for each in seen)
     frame = Frame((-0.5, len(seen) - 0.5), (0, 1.12 * top or 1.0), 230, 180, (12, 12, 40, 44))
-    ticks = [(i, f"{view.names[each.level]}→{view.names[each.level + 1]}") for i, each in enumerate(seen)]
+    short = view.names if len(seen) < 3 else tuple(map("{:,}".format, view.sizes))
+    ticks = [(i, f"to {token_text(short[each.level + 1], 12)}") for i, each in enumerate(seen)]
     body = axes(frame, "step of the ladder", "children per latent", ticks)
     for i, each in enumerate(seen):
         x, low, high = frame.x(i), frame.y(share_or(each.low, each.mean)), frame.y(share_or(each.high, each.mean))
@@ -424,7 +425,7 @@ def _text(view: SplittingView) -> str:
               f"({number(each.low)} to {number(each.high)}), n = {each.n:,}" for each in view.means]
     return "\n".join(each for each in lines if each)
 
-# %% ../../nbs/09_views/245_splitting.ipynb #70c555f8
+# %% ../../nbs/09_views/245_splitting.ipynb #59b35182
 def _nulls(view: SplittingView) -> list[dict]:
     "What chance gives, a row a null."
     last = len(view.names) - 1
