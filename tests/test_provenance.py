@@ -71,7 +71,8 @@ def test_explorer(lab, tmp_path):
     explorer, cards = read(tmp_path / "walk-1")["provenance"]["widgets"]
     assert explorer == read_widget(board.explorer, tmp_path)
     assert explorer["splitting"]["seed"] == 5 and explorer["splitting"]["fdr"] == 0.05
-    for name, found in zip(["topk-32", "topk-64"], explorer["dictionaries"], strict=True): check_origin(found, lab, name)
+    for name, found in zip(["topk-32", "topk-64"], explorer["dictionaries"], strict=True):
+        check_origin(found, lab, name)
     hashes = [each["coder"]["hash"] for each in cards["widgets"]]
     assert hashes == [lab.coders[name].identity for name in ("topk-32", "topk-64")]
     assert load_figure(tmp_path / "walk-1.json") == board.explorer.view

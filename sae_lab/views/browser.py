@@ -9,10 +9,10 @@ __all__ = ['SEP', 'KINDS', 'BARS', 'Column', 'known', 'share', 'LatentTable', 'o
 # %% ../../nbs/09_views/22_browser.ipynb #1089ae4c
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import traitlets
@@ -49,7 +49,7 @@ class Column:
         "The range that bars stand for."
         return _ends(self)
 
-def known(value: Any) -> bool: # value: of a cell
+def known(value: Any) -> TypeGuard[Any]: # value: of a cell
     "Whether a cell says anything."
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
@@ -121,8 +121,8 @@ def ordered(table: LatentTable, # any table
     "The order in which a table begins."
     rows = list(range(len(table.latents)))
     if not table.sort: return rows
-    columns = {column.name: column.values for column in table.columns} | {"latent": table.latents}
-    values = columns[table.sort]
+    columns: dict[str, Sequence[Any]] = {column.name: column.values for column in table.columns}
+    values = (columns | {"latent": table.latents})[table.sort]
     some = [i for i in rows if known(values[i])]
     return sorted(some, key=values.__getitem__, reverse=True) + [i for i in rows if not known(values[i])]
 
@@ -201,7 +201,9 @@ def _table_text(table: LatentTable, most: int = 20) -> str:
 def packed(table: LatentTable, # any table
            ) -> dict[str, Any]: # traits of the widget
     "A table as the browser reads it."
-    n, meta, block, words = len(table.latents), [], [], []
+    n, meta = len(table.latents), []
+    block: list[list] = []
+    words: list[list[str]] = []
     for column in table.columns:
         numeric = column.kind == "number"
         facts = {"name": token_text(column.name, 60), "note": token_text(column.note, 200), "kind": column.kind,
@@ -224,21 +226,21 @@ def _sent(value: Any) -> str:
 # %% ../../nbs/09_views/22_browser.ipynb #d1cd1c64
 @widgets.add("browser", idea="every latent of a dictionary: sort, filter, search, select, pin",
              example=lambda: BrowserWidget(_example()))
-class BrowserWidget(AbstractWidget):
+class BrowserWidget(AbstractWidget[LatentTable]):
     "A table of latents that sorts, filters and searches in the browser."
     _esm = static("base.js", "numbers.js", "browser.js")
     _css = static("base.css", "numbers.css", "browser.css")
     latents = traitlets.Bytes().tag(sync=True)     # int32 [n]
     numbers = traitlets.Bytes().tag(sync=True)     # float32 [columns of numbers, n]
     words = traitlets.Bytes().tag(sync=True)       # UTF-8 JSON, a list a column of words
-    columns = traitlets.List().tag(sync=True)      # facts of each column
+    columns = traitlets.List(traitlets.Dict()).tag(sync=True)  # facts of each column
     title = traitlets.Unicode().tag(sync=True)     # of the table
     note = traitlets.Unicode().tag(sync=True)      # of the table
     selected = traitlets.Int(-1).tag(sync=True)    # latent chosen; -1: none
     pinned = traitlets.List(traitlets.Int()).tag(sync=True)  # latents kept at hand
     search = traitlets.Unicode().tag(sync=True)    # text looked for in words and numbers of latents
     filters = traitlets.Dict().tag(sync=True)      # column -> expression
-    order = traitlets.List().tag(sync=True)        # [[column, "down" or "up"], ...], the first decides
+    order = traitlets.List(traitlets.Any()).tag(sync=True)  # [[column, "down" or "up"], ...], the first decides
     found = traitlets.List(traitlets.Int()).tag(sync=True)   # latents that pass, in their order
     height = traitlets.Int(440).tag(sync=True)     # of the part that scrolls, pixels
 

@@ -72,10 +72,10 @@ def tiles(card: LatentCard,                   # a card
     get, count = card.stats.get, int(card.stats.get("count", 0))
     made = [("fires on", f"{count:,} token{'s' * (count != 1)}", f"of {card.tokens:,}" if card.tokens else "")]
     if get("docs"): made.append(("documents", f"{int(get('docs', 0)):,}", ""))
-    if get("density"):
-        low, high = (None if get(key) is None else 100 * get(key) for key in ("density_low", "density_high"))
-        sure = f"{number(low)} to {number(high)}" if low is not None and high is not None else ""
-        made.append(("density", f"{number(100 * get('density'))} %", sure))
+    density, low, high = (get(key) for key in ("density", "density_low", "density_high"))
+    if density:
+        sure = f"{number(100 * low)} to {number(100 * high)}" if low is not None and high is not None else ""
+        made.append(("density", f"{number(100 * density)} %", sure))
     known = [key for key in NAMES if get(key) is not None and (count or key not in ("mean", "max"))]
     return made + [(NAMES[key], number(get(key)), "") for key in known]
 

@@ -108,7 +108,7 @@ def bar_style(row: Row,     # one row
     return f"linear-gradient(90deg,{SOLID} {low}%{tail},#0000 0)"
 
 def _row_html(row: Row, most: float, live: bool) -> str:
-    sure = f"{even(row.low, most)} to {even(row.high, most)}" if None not in (row.low, row.high) else ""
+    sure = f"{even(row.low, most)} to {even(row.high, most)}" if row.low is not None and row.high is not None else ""
     title = " · ".join(part for part in (row.note, sure) if part)
     tip = f' title="{caption(title, 300)}"' if title else ""
     leads = live and row.latent is not None

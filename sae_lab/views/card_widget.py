@@ -62,7 +62,7 @@ def placed(card: LatentCard,  # a card
 
 # %% ../../nbs/09_views/21_card_widget.ipynb #a4e29bab
 @widgets.add("card", idea="all about one latent, and what it does at a token", example=lambda: _example())
-class CardWidget(AbstractWidget):
+class CardWidget(AbstractWidget[LatentCard]):
     "The card of a latent, alive."
     _esm = static("base.js", "card.js")
     _css = static("base.css", "card.css")

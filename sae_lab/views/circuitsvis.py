@@ -277,7 +277,7 @@ def circuits_page(shown: Iterable[Views],  # in this order
 # %% ../../nbs/09_views/26_circuitsvis.ipynb #b0f11c2d
 @widgets.add("circuitsvis", idea="attention heads or neurons by CircuitsVis",
              example=lambda: CircuitsWidget(_attention_example()))
-class CircuitsWidget(AbstractWidget):
+class CircuitsWidget(AbstractWidget[Views]):
     "Attention heads or neurons, drawn by CircuitsVis."
     _esm = static("base.js", "circuitsvis.js")
     _css = static("base.css", "circuitsvis.css")
@@ -285,9 +285,9 @@ class CircuitsWidget(AbstractWidget):
     title = traitlets.Unicode().tag(sync=True)     # what is shown
     legend = traitlets.Unicode().tag(sync=True)    # what the colours mean
     props = traitlets.Dict().tag(sync=True)        # what it is told, without the numbers
-    shape = traitlets.List().tag(sync=True)        # of the numbers
+    shape = traitlets.List(traitlets.Int()).tag(sync=True)  # of the numbers
     data = traitlets.Bytes().tag(sync=True)        # the numbers, float32
-    layers = traitlets.List().tag(sync=True)       # names of layers to choose from; empty: no choice
+    layers = traitlets.List(traitlets.Unicode()).tag(sync=True)  # names of layers to choose from; empty: no choice
     layer = traitlets.Int(0).tag(sync=True)        # which of them is shown
 
     def __init__(self,
@@ -309,7 +309,8 @@ class CircuitsWidget(AbstractWidget):
 
     @traitlets.observe("layer")
     def _chosen(self, change: Any) -> None:
-        if getattr(self, "make", None) is not None: self.show(self.make(change["new"]))
+        make = getattr(self, "make", None)
+        if make is not None: self.show(make(change["new"]))
 
 def _traits(view: Views) -> dict:
     data = numbers(view)

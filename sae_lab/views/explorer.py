@@ -42,9 +42,11 @@ class ExplorerWidget(AbstractWidget):
     "A ladder of dictionaries to walk on; `level` and `latent` are the focus, `path` a latent a dictionary."
     _esm = static("base.js", "explorer.js")
     _css = static("base.css", "explorer.css")
-    names, sizes, attached = (traitlets.List().tag(sync=True) for _ in range(3))
+    names, attached, nulls = (traitlets.List(traitlets.Any()).tag(sync=True) for _ in range(3))
+    sizes: traitlets.List[int] = traitlets.List().tag(sync=True)
+    path: traitlets.List[int] = traitlets.List().tag(sync=True)
     edges, ranks, density, texts = (traitlets.Bytes().tag(sync=True) for _ in range(4))
-    nulls, path = (traitlets.List().tag(sync=True) for _ in range(2))
+
     chart, summary, how = (traitlets.Unicode().tag(sync=True) for _ in range(3))
     mode = traitlets.Enum(("flow", "tree"), "flow").tag(sync=True)
     level, latent, tried = (traitlets.Int().tag(sync=True) for _ in range(3))

@@ -234,7 +234,7 @@ def _finite(x: Number | None) -> Number | None:
 # %% ../../nbs/09_views/25_prompt.ipynb #605caedc
 @widgets.add("prompt", idea="for each token of a text the latents that fire",
              example=lambda: PromptWidget(_example(), token=3))
-class PromptWidget(AbstractWidget):
+class PromptWidget(AbstractWidget[PromptView]):
     "The latents of a text: by token, by measure, as a heatmap."
     _esm = static("base.js", "numbers.js", "prompt.js")
     _css = static("base.css", "numbers.css", "prompt.css")
@@ -253,9 +253,9 @@ class PromptWidget(AbstractWidget):
                  read: Callable[[str], PromptView] | None = None, # view of another text
                  effects: Callable[[PromptView, int], PromptView] | None = None, # with every effect at a token
                  **traits: Any):                                  # selected, token, metric, most, begin, lines
-        asked = {"read": read and (lambda text: self._now(read(text))),
-                 "effects": effects and (lambda token: self._now(effects(self.view, token)))}
-        answers = {name: answer for name, answer in asked.items() if answer}
+        answers: dict[str, Callable] = {}
+        if read: answers["read"] = lambda text: self._now(read(text))
+        if effects: answers["effects"] = lambda token: self._now(effects(self.view, token))
         super().__init__(view, answers, **(packed(view) | {"can": list(answers)} | traits))
 
     def show(self, view: AbstractPayload) -> None: # view: a `PromptView`

@@ -188,7 +188,8 @@ def stage(view: SplittingView,  # what is shown
     end = width - 3 * (wide + 14) - 155
     xs = tuple(8 + (end - 8) * i / max(levels - 1, 1) for i in range(levels))
     ys = {(each.level, each.latent): 40 + ROW * float(each.row) for each in view.members}
-    spans, beside = {each: [] for each in ys}, parent_beside(view)
+    beside = parent_beside(view)
+    spans: dict[tuple[int, int], list[float]] = {each: [] for each in ys}
     for edge in view.edges:
         a, b = (edge.level, edge.parent), (edge.level + 1, edge.child)
         if edge.main and b in ys and a in ys:
@@ -446,8 +447,8 @@ def _table(rows: list[dict]) -> str:
     look = "text-align:right;font-variant-numeric:tabular-nums;font-size:12px"
     return f'<table cellpadding="3" style="{look}">{body}</table>'
 
-HOW = ("A bar is all firings of a latent. A ribbon covers, at its left end, the share of the parent's firings on which the "
-       "child fires, and at its right end the share of the child's firings on which the parent fires; "
+HOW = ("A bar is all firings of a latent. A ribbon covers, at its left end, the share of the parent's firings on which "
+       "the child fires, and at its right end the share of the child's firings on which the parent fires; "
        "grey: another parent or child.")
 
 def _html(view: SplittingView) -> str:

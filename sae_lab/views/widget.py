@@ -10,7 +10,7 @@ import base64
 import json
 from collections.abc import Callable, Mapping
 from importlib.resources import files
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import anywidget
 import ipywidgets
@@ -61,16 +61,18 @@ def reply(answers: Mapping[str, Callable], # functions by name
 widgets = Registry("widget", "sae_lab.views")
 
 # %% ../../nbs/09_views/20_widget.ipynb #a4500f4e
+_View = TypeVar("_View", bound=AbstractPayload)
+
 @widgets.add("plain", idea="any view, as it is",
              example=lambda: AbstractWidget(TokenStrip(("The", " fox", " sat", "."), (0.0, 2.0, 0.5, 0.0))))
-class AbstractWidget(anywidget.AnyWidget):
+class AbstractWidget(anywidget.AnyWidget, Generic[_View]):
     "A payload in a notebook; a subclass names its script, its style and its traits."
     _esm = static("base.js", "plain.js")
     _css = static("base.css")
     html = traitlets.Unicode().tag(sync=True)  # of the payload
 
     def __init__(self,
-                 view: AbstractPayload,                          # what is shown
+                 view: _View,                                    # what is shown
                  answers: Mapping[str, Callable] | None = None,  # functions that the script may ask for
                  **traits: Any):                                 # of the subclass
         super().__init__(html=self.drawn(view), **traits)
@@ -78,11 +80,11 @@ class AbstractWidget(anywidget.AnyWidget):
         self.provenance: dict = {}  # where the numbers are from, told by whoever makes the widget
         self.on_msg(lambda _, content, buffers: self.send(reply(self.answers, content)))
 
-    def drawn(self, view: AbstractPayload) -> str: # view: what is shown
+    def drawn(self, view: _View) -> str: # view: what is shown
         "HTML for the script; a subclass may add to the static one what a script needs."
         return view.to_html()
 
-    def show(self, view: AbstractPayload) -> None: # view: what is shown from now on
+    def show(self, view: _View) -> None: # view: what is shown from now on
         "Show another payload of the same kind."
         self.view, self.html = view, self.drawn(view)
 
