@@ -80,7 +80,8 @@ def draw_shifts(text: Text,      # the corpus
                 ) -> tuple[int, ...]: # tokens to shift by, each at least a twentieth of the corpus
     "Draw circular shifts of the labels; raises InputError for fewer than 40 tokens."
     column = np.flatnonzero(text.seen) % text.ids.shape[1]
-    n, draw, shifts = len(column), np.random.default_rng(seed), []
+    n, draw = len(column), np.random.default_rng(seed)
+    shifts: list[int] = []
     if n < 40: raise InputError(f"{n} tokens", "at least 40, so that labels can be shifted", "read more text")
     usual = float(np.square(np.bincount(column) / n).sum())
     while len(shifts) < count:
@@ -186,12 +187,12 @@ def _with_intervals(scores: "ConceptScores", latents: np.ndarray, concepts: np.n
     names = [np.array(each, dtype=object)[concepts] for each in (scores.concepts.names, scores.concepts.kinds)]
     both, fires = _by_document(scores, latents, concepts) if len(latents) else (None, None)
     weights, (sizes, n) = scores.weights, scores.replicates
-    docs = np.diff(both.indptr) if len(latents) else []
+    docs = [] if both is None else np.diff(both.indptr)
     frame = pd.DataFrame(dict(latent=latents, concept=names[0], kind=names[1], both=counts[0], fires=counts[1],
                               size=counts[2], docs=docs, n=scores.n), index=range(len(latents)))
     for name in SCORES:
         frame[name] = value = score(name, *counts, scores.n)
-        boot = score(name, both @ weights, fires @ weights, sizes[concepts], n) if len(latents) else np.empty((0, 1))
+        boot = np.empty((0, 1)) if both is None else score(name, both @ weights, fires @ weights, sizes[concepts], n)
         frame[f"{name}_low"], frame[f"{name}_high"] = _ends(boot, value, docs)
     return frame
 
@@ -211,13 +212,13 @@ class ConceptScores:
     n = property(lambda self: self.concepts.n, doc="Tokens.")
     docs = property(lambda self: len(self.index.text.documents), doc="Documents.")
     shifts = property(lambda self: len(self.null["mcc"].by_latent), doc="Shifts of the null.")
-    def score(self, by: str = "mcc") -> Float[np.ndarray, "d_sae m"]: return score(by, *self._counts, self.n)
+    def score(self, by: str = "mcc") -> Float[np.ndarray, "d_sae m"]: return score(by, *self._counts)
     def best(self, latent, n: int = 5, by: str = "mcc") -> pd.DataFrame: return best(self, latent, n, by)
     def latents(self, concept: str, n: int = 10, by: str = "mcc") -> pd.DataFrame: return latents(self, concept, n, by)
     def table(self, by: str = "mcc") -> pd.DataFrame: return best_of_all(self, by)
     def union(self, concept: str, **options) -> "Union": return union(self, concept, **options)
 
-    _counts = property(lambda self: (self.both, self.fires[:, None], self.concepts.size[None]))
+    _counts = property(lambda self: (self.both, self.fires[:, None], self.concepts.size[None], self.n))
     number = cached_property(lambda self: np.cumsum(self.index.text.seen.reshape(-1), dtype=np.int32) - 1)
     doc = cached_property(lambda self: self.index.text.doc.reshape(-1)[self.index.text.seen.reshape(-1)])
     weights = cached_property(lambda self: poisson_weights(torch.arange(self.docs), self.seed).numpy())

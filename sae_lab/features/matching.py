@@ -87,12 +87,14 @@ def likeness(a:AbstractCoder|FeatureIndex, # of the rows: a coder, or an index f
 )->Iterator[tuple[int, Float[np.ndarray, "m d_sae"]]]: # first row, likeness of the block with all columns
     "Likeness of all pairs, by blocks; raises UnknownName, ShapeError or InputError."
     if by not in KINDS: raise unknown("likeness", by, KINDS)
-    wanted = FeatureIndex if by == "correlation" else AbstractCoder
-    if not isinstance(a, wanted) or not isinstance(b, wanted):
-        raise InputError(f"{type(a).__name__} and {type(b).__name__}, by {by}", f"two of {wanted.__name__}",
-                         "give coders for cosines, indexes for correlations")
-    if isinstance(a, FeatureIndex): return ((first, correlation(sums)) for first, sums in blocks(a, b, block))
-    return _cosine_parts(_directions(a, by), _directions(b, by), block)
+    pages = by == "correlation"
+    if pages and isinstance(a, FeatureIndex) and isinstance(b, FeatureIndex):
+        return ((first, correlation(sums)) for first, sums in blocks(a, b, block))
+    if not pages and isinstance(a, AbstractCoder) and isinstance(b, AbstractCoder):
+        return _cosine_parts(_directions(a, by), _directions(b, by), block)
+    wanted = FeatureIndex if pages else AbstractCoder
+    raise InputError(f"{type(a).__name__} and {type(b).__name__}, by {by}", f"two of {wanted.__name__}",
+                     "give coders for cosines, indexes for correlations")
 
 # %% ../../nbs/05_features/05_matching.ipynb #ec619a7a
 def moved(index:FeatureIndex, # of B
@@ -190,17 +192,19 @@ def shared(a:AbstractCoder,    # a dictionary
            b:AbstractCoder,    # another
            cosine:float=.7,    # above which a pair counts
            seed:int=0,         # of the null's directions
-           **limits:float|int, # `floor`, `keep`, `exact` of `match`
+           **limits:Any,       # `floor`, `keep`, `exact` of `match`
 )->Shared:                     # the pairs and their share
     "Count the latents that two dictionaries share, by decoder and encoder alike."
     if a.d_in != b.d_in or a.d_out != b.d_out:
         raise ShapeError(f"dictionaries of width {a.d_in} and {b.d_in}", "one width", "compare at one hook")
-    pairs = _agreed(*(match(a, b, by, null=False, seed=seed, **limits).pairs for by in ("decoder", "encoder")), cosine)
+    decoder, encoder = (match(a, b, by, null=False, seed=seed, **limits).pairs for by in ("decoder", "encoder"))
+    pairs = _agreed(decoder, encoder, cosine)
     size = min(a.d_sae, b.d_sae)
     count = int(pairs["shared"].sum())
     low, high = wilson(count, size)
-    settings = {"floor": .3, "keep": 64, "exact": 2**24, **limits}
-    blind = _agreed(*(_solved(_null_parts(a, b, by, 256, seed), a.d_sae * b.d_sae, **settings)[0]
-                      for by in ("decoder", "encoder")), cosine)
+    settings: dict[str, Any] = {"floor": .3, "keep": 64, "exact": 2**24, **limits}
+    decoder, encoder = (_solved(_null_parts(a, b, by, 256, seed), a.d_sae * b.d_sae, **settings)[0]
+                        for by in ("decoder", "encoder"))
+    blind = _agreed(decoder, encoder, cosine)
     return Shared(Measure("shared latents", count / size, low, high, "share", "neither", size,
                           null=float(blind["shared"].sum() / size)), pairs)

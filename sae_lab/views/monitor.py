@@ -75,9 +75,10 @@ class MonitorView(AbstractPayload):
         return points + bins
 
 # %% ../../nbs/09_views/23_monitor.ipynb #b306f305
-SIZE = dict(width=262, height=152, margin=(8, 14, 36, 48))
+SIZE: dict[str, Any] = dict(width=262, height=152, margin=(8, 14, 36, 48))
 LONG = {**LABELS, "ce": "CE, nats a token", "lr": "step size"}
-SHORT = {"fvu": "FVU", "l0": "L0", "ce": "CE", "dead": "dead", "ce_added": "CE added, nats (interval)", "lr": "step size"}
+SHORT = {"fvu": "FVU", "l0": "L0", "ce": "CE", "dead": "dead", "ce_added": "CE added, nats (interval)",
+         "lr": "step size"}
 
 def shown(view: MonitorView,     # a run
           ) -> list[str]:        # quantities with a panel each
@@ -106,7 +107,8 @@ def panel_frame(view: MonitorView,              # a run
     elif not quantity.startswith("ce"): low = min(0.0, low)
     high = high if high > low else low + max(abs(low), 1e-3)
     pad = 0.05 * (high - low)
-    return Frame((0, max(1, min(1.15 * seen_last(view), view.goal or math.inf))), (low - pad * (log or low != 0), high + pad), **SIZE), log
+    end = max(1, min(1.15 * seen_last(view), view.goal or math.inf))
+    return Frame((0, end), (low - pad * (log or low != 0), high + pad), **SIZE), log
 
 def _ticks(frame: Frame) -> list[tuple]:
     short = lambda v: number(v) if v < 1e4 or v >= 1e6 else f"{v / 1e3:g}k"
@@ -151,24 +153,28 @@ def _panel(view: MonitorView, quantity: str, most: int) -> str:
     lines = "".join(_line(view, each, frame, log, most) for each in curves)
     levels = "".join(_level(frame, name, value, log) for what, name, value in view.references
                      if what == quantity and math.isfinite(value) and (value > 0 or not log))
-    marks = "".join(f"M{frame.x(each.tokens):g} {frame.margin[0]}V{frame.height - frame.margin[2]}" for each in view.marks)
-    hand = f'<path d="{marks}" stroke="currentColor" opacity=".45" stroke-dasharray="4 3" fill="none"/>' if marks else ""
+    tall = f"{frame.margin[0]}V{frame.height - frame.margin[2]}"
+    marks = "".join(f"M{frame.x(each.tokens):g} {tall}" for each in view.marks)
+    look = 'stroke="currentColor" opacity=".45" stroke-dasharray="4 3" fill="none"'
+    hand = f'<path d="{marks}" {look}/>' if marks else ""
     title = _name(view, quantity) + (" (log)" if log else "")
     says = f"{title}: " + ", ".join(f"{each.coder} {number(_last(each))}" for each in curves)
-    return _titled(title, drawing(frame, axes(frame, "tokens", "", _ticks(frame), ticks) + hand + levels + lines, says[:300]))
+    body = axes(frame, "tokens", "", _ticks(frame), ticks) + hand + levels + lines
+    return _titled(title, drawing(frame, body, says[:300]))
 
 def _name(view: MonitorView, quantity: str) -> str:
     return dict(view.curves.units).get(quantity, LONG.get(quantity, label_of(view.curves, quantity)))
 
 def _titled(title: str, body: str, aside: str = "") -> str:
     more = f' <span style="opacity:.75">{caption(aside)}</span>' if aside else ""
-    head = f'<div style="font-size:12px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis"><b>{caption(title)}</b>{more}</div>'
-    return f'<div style="min-width:0">{head}{body}</div>'
+    style = "font-size:12px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis"
+    return f'<div style="min-width:0"><div style="{style}"><b>{caption(title)}</b>{more}</div>{body}</div>'
 
 def _grid(parts: Iterable[str]) -> str:
     "Four in a row, or two, or one: in pairs, so that none stands alone."
     parts, grid = list(parts), "display:grid;gap:10px 14px;grid-template-columns:repeat"
-    pairs = (f'<div style="{grid}(auto-fit,minmax(min(100%,190px),1fr))">{"".join(parts[i:i + 2])}</div>' for i in range(0, len(parts), 2))
+    pairs = (f'<div style="{grid}(auto-fit,minmax(min(100%,190px),1fr))">{"".join(parts[i:i + 2])}</div>'
+             for i in range(0, len(parts), 2))
     return f'<div style="{grid}(auto-fill,minmax(min(100%,400px),1fr));margin-top:10px">{"".join(pairs)}</div>'
 
 # %% ../../nbs/09_views/23_monitor.ipynb #c96ec3e1
@@ -190,7 +196,8 @@ def bars_path(frame: Frame,             # where
               outline: bool = False,    # True: the upper edge alone
               ) -> str:                 # SVG path
     "A histogram as one path."
-    base, parts = frame.y(0), []
+    base = frame.y(0)
+    parts: list[str] = []
     for low, high, count in zip(edges, edges[1:], counts):
         if not count and not outline: continue
         x, right, top = frame.x(low), frame.x(high), frame.y(count)
@@ -209,7 +216,8 @@ def _movement(view: MonitorView, movement: Movement) -> str:
     ticks = [(float(p), "1" if p == 0 else f"1e{p}") for p in range(low, high + 1) if (p - high) % step == 0]
     ghosts = "".join(f'<path d="{bars_path(frame, edges, rows[i], True)}" stroke="currentColor" fill="none" '
                      f'opacity="{0.2 + 0.12 * k:.2g}"/>' for k, i in enumerate(_before(len(rows))))
-    bars = f'<path d="{bars_path(frame, edges, rows[-1]) if rows else ""}" fill="{colour(view, movement.coder)}" fill-opacity=".8"/>'
+    now, fill = bars_path(frame, edges, rows[-1]) if rows else "", colour(view, movement.coder)
+    bars = f'<path d="{now}" fill="{fill}" fill-opacity=".8"/>'
     says = f"{title} of {movement.coder}: {sum(rows[-1]) if rows else 0:,} {what}"
     aside = token_text(movement.coder, 24) + (f" · {movement.apart[-1]:,} silent" if movement.apart else "")
     ys = [(v, number(v)) for v in nice_ticks(*frame.y_range, 3) if v == int(v)]
@@ -240,10 +248,10 @@ def progress(view: MonitorView, # a run
 
 def _head(view: MonitorView) -> str:
     ink, share = INK.get(view.status, "currentColor"), min(1.0, view.tokens / view.goal) if view.goal else 0.0
-    badge = (f'<b style="color:{ink};border:1px solid {ink};border-radius:3px;padding:0 6px">{caption(view.status, 300)}</b>')
+    badge = f'<b style="color:{ink};border:1px solid;border-radius:3px;padding:0 6px">{caption(view.status, 300)}</b>'
     title = f'<b style="font-size:15px">{caption(view.curves.title)}</b> ' if view.curves.title else ""
-    bar = (f'<div style="height:4px;margin-top:5px;border-radius:2px;background:#8884"><div style="height:4px;border-radius:2px;'
-           f'width:{100 * share:.1f}%;background:{ink}"></div></div>')
+    bar = ('<div style="height:4px;margin-top:5px;border-radius:2px;background:#8884">'
+           f'<div style="height:4px;border-radius:2px;width:{100 * share:.1f}%;background:{ink}"></div></div>')
     says = escape(" · ".join(progress(view)))
     return f'<div>{title}{badge} <span style="font-variant-numeric:tabular-nums">{says}</span>{bar}</div>'
 
@@ -259,9 +267,9 @@ def _now(view: MonitorView) -> str:
     names = [*first, *(each for each in view.curves.quantities if each not in first)]
     cell = '<t{0} style="text-align:{1};padding:1px 0 1px 16px;font-weight:{2}">{3}</t{0}>'
     head = "".join(cell.format("h", "right", "400;opacity:.75", caption(SHORT.get(each, each), 40)) for each in names)
-    rows = "".join(f'<tr><td style="padding:1px 0;text-align:left;white-space:nowrap">{_swatch(view, coder)} {caption(coder, 40)}</td>'
-                   + "".join(cell.format("d", "right", 400, number(latest.get((coder, each)))) for each in names) + "</tr>"
-                   for coder in view.curves.coders)
+    row = '<tr><td style="padding:1px 0;text-align:left;white-space:nowrap">{} {}</td>{}</tr>'
+    told = lambda coder: "".join(cell.format("d", "right", 400, number(latest.get((coder, each)))) for each in names)
+    rows = "".join(row.format(_swatch(view, each), caption(each, 40), told(each)) for each in view.curves.coders)
     style = "border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:12px;margin-top:8px"
     if not rows: return ""
     return f'<div style="overflow-x:auto"><table style="{style}"><tr><th></th>{head}</tr>{rows}</table></div>'
@@ -278,7 +286,8 @@ def _html(view: MonitorView) -> str:
     movements = "".join(_grid(chart for _, chart in row) for row in rows)
     for most in (240, 160, 100, 60, 40, 24):
         panels = _grid(_panel(view, each, most) for each in shown(view))
-        html = f'<div>{_head(view)}{_now(view)}{panels}{movements}<div style="margin-top:8px">{"".join(below)}</div></div>'
+        notes = f'<div style="margin-top:8px">{"".join(below)}</div>'
+        html = f"<div>{_head(view)}{_now(view)}{panels}{movements}{notes}</div>"
         if len(html.encode()) < 58_000: break
     return html
 
@@ -286,7 +295,8 @@ def _text(view: MonitorView) -> str:
     lines = [f"{token_text(view.status, 300)} · {' · '.join(progress(view))}", view.curves.to_text()]
     lines += [f"{token_text(each.coder)[:20]:20} {token_text(each.what)[:10]:10} |{sparkline(each.counts[-1])}|"
               for each in view.movements if each.counts]
-    lines += [f"by hand at {each.tokens:,} tokens: {token_text(each.coder)} {token_text(each.text)}" for each in view.marks]
+    lines += [f"by hand at {each.tokens:,} tokens: {token_text(each.coder)} {token_text(each.text)}"
+              for each in view.marks]
     return "\n".join([*lines, *(token_text(each, 400) for each in view.notes)])
 
 # %% ../../nbs/09_views/23_monitor.ipynb #6ba5962a
@@ -300,7 +310,8 @@ def _moved(steps: Sequence, coder: str, what: str, edges: tuple) -> Movement:
     mine = [each for each in steps if getattr(each, what).get(coder)]
     rows, n = [tuple(map(int, getattr(each, what)[coder])) for each in mine], len(edges) - 1
     apart = tuple(sum(row[:-n]) for row in rows) if any(len(row) > n for row in rows) else ()
-    return Movement(coder, what, edges, tuple(int(each.tokens) for each in mine), tuple(row[-n:] for row in rows), apart)
+    tokens = tuple(int(each.tokens) for each in mine)
+    return Movement(coder, what, edges, tokens, tuple(row[-n:] for row in rows), apart)
 
 def _plain(step: Any) -> SimpleNamespace:
     get = step.get if isinstance(step, Mapping) else lambda name: getattr(step, name, None)
@@ -309,7 +320,7 @@ def _plain(step: Any) -> SimpleNamespace:
 
 def monitor_view(steps: Iterable,                                # measured steps, oldest first
                  edges: Mapping[str, Sequence[Number]],          # log10 edges of "density" and "activation"
-                 seldom: Iterable[tuple[int, Mapping]] = (),     # (tokens, coder -> quantity -> value), measured elsewhere
+                 seldom: Iterable[tuple[int, Mapping]] = (),     # (tokens, coder -> quantity -> value), from elsewhere
                  quantities: Sequence[str] = ("loss", "fvu", "l0", "ce", "ce_added", "dead"),  # in this order
                  title: str = "",                                # what is trained
                  **facts: Any,                                   # other fields of the view
@@ -323,7 +334,8 @@ def monitor_view(steps: Iterable,                                # measured step
     present = [each for each in quantities if any(each in own for step in points for own in step.losses.values())]
     curves = training_curves(points, (), present, title)
     order = [name for name in dict.fromkeys(name for each in kept for name in each.losses)]
-    curves = replace(curves, curves=tuple(sorted(curves.curves, key=lambda c: order.index(c.coder) if c.coder in order else 99)))
+    place = lambda each: order.index(each.coder) if each.coder in order else 99
+    curves = replace(curves, curves=tuple(sorted(curves.curves, key=place)))
     return MonitorView(curves, _movements(measured, edges), **facts)
 
 # %% ../../nbs/09_views/23_monitor.ipynb #e84d9322
@@ -334,14 +346,17 @@ def _example() -> MonitorView:
     names, steps = {"topk-512": (1.0, 32), "relu_l1-512": (1.4, 60)}, []
     for i in range(1, 61):
         losses = {name: {"loss": slow * (0.12 + 0.9 * math.exp(-i / 9)), "fvu": slow * (0.1 + 0.9 * math.exp(-i / 9)),
-                         "l0": l0 + 90 * math.exp(-i / 6), "dead": 0.05 * i / 60 / slow} for name, (slow, l0) in names.items()}
+                          "l0": l0 + 90 * math.exp(-i / 6), "dead": 0.05 * i / 60 / slow}
+                  for name, (slow, l0) in names.items()}
         density = {name: [i // 3, *bell(20, 17 - i / 12, 2.4, 90 / slow)] for name, (slow, _) in names.items()}
         activation = {name: bell(32, 10 + i / 6, 5, 4000 * slow) for name, (slow, _) in names.items()}
         steps.append(SimpleNamespace(tokens=6_000 * i, losses=losses, density=density, activation=activation))
-    seldom = [(45_000 * i, {name: {"ce": 2.1 + slow * math.exp(-i / 2)} for name, (slow, _) in names.items()}) for i in range(1, 9)]
-    return monitor_view(steps, edges, seldom, title="made-up run", status="running", tokens=360_000, goal=600_000, seconds=31.0,
-                        rate=11_600.0, marks=(Mark(150_000, "relu_l1-512", "l1 0.1 → 0.2"),),
-                        references=(("ce", "untouched", 2.02),), notes=("CE on 3,968 predictions, every 45,000 tokens.",))
+    seldom = [(45_000 * i, {name: {"ce": 2.1 + slow * math.exp(-i / 2)} for name, (slow, _) in names.items()})
+              for i in range(1, 9)]
+    return monitor_view(steps, edges, seldom, title="made-up run", status="running", tokens=360_000, goal=600_000,
+                        seconds=31.0, rate=11_600.0, marks=(Mark(150_000, "relu_l1-512", "l1 0.1 → 0.2"),),
+                        references=(("ce", "untouched", 2.02),),
+                        notes=("CE on 3,968 predictions, every 45,000 tokens.",))
 
 # %% ../../nbs/09_views/23_monitor.ipynb #08f5f490
 def geometry(view: MonitorView, # a run
@@ -352,7 +367,7 @@ def geometry(view: MonitorView, # a run
         frame, log = panel_frame(view, quantity)
         series = [i for i, each in enumerate(curves) if each.quantity == quantity]
         charts.append(_facts(frame) | {"series": series, "name": _name(view, quantity), "log": log})
-    moved = []
+    moved: list[dict] = []
     for each in movements:
         frame, first, last = movement_frame(each)
         charts.append(_facts(frame) | {"movement": len(moved)})
@@ -378,13 +393,13 @@ def packed(view: MonitorView, # a run
 
 # %% ../../nbs/09_views/23_monitor.ipynb #f283d58f
 @widgets.add("monitor", idea="a training while it runs, with its controls", example=lambda: _live_example())
-class MonitorWidget(AbstractWidget):
+class MonitorWidget(AbstractWidget[MonitorView]):
     "A training in a notebook."
     _esm = static("base.js", "monitor.js")
     _css = static("base.css", "monitor.css")
     facts = traitlets.Dict().tag(sync=True)       # geometry of the charts
     points = traitlets.Bytes().tag(sync=True)     # of the charts
-    controls = traitlets.Dict().tag(sync=True)    # status, coefficients by coder, latents by coder whose cards can be had
+    controls = traitlets.Dict().tag(sync=True)    # status; by coder coefficients, and latents whose cards can be had
     card = traitlets.Unicode().tag(sync=True)     # HTML of an opened card
     doing = traitlets.Unicode().tag(sync=True)    # what is being made, or what went wrong
 
@@ -424,5 +439,6 @@ def _stills(widget: MonitorWidget) -> dict:
     return {"text/html": still(widget.view), "text/plain": widget.view.to_text()}
 
 def _live_example() -> MonitorWidget:
-    return MonitorWidget(_example(), controls={"status": "running", "coefficients": {
-        "topk-512": {"lr": 1.5e-3, "aux": 0.03125}, "relu_l1-512": {"lr": 1e-3, "l1": 0.2}}, "latents": {"topk-512": 512, "relu_l1-512": 512}})
+    numbers = {"topk-512": {"lr": 1.5e-3, "aux": 0.03125}, "relu_l1-512": {"lr": 1e-3, "l1": 0.2}}
+    return MonitorWidget(_example(), controls={"status": "running", "coefficients": numbers,
+                                               "latents": {"topk-512": 512, "relu_l1-512": 512}})
