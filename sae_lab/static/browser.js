@@ -10,7 +10,7 @@ function read(model) {
   const columns = model.get("columns").map((facts) => {
     if (facts.kind === "number") {
       const part = numbers.subarray(facts.at * n, (facts.at + 1) * n);
-      return { ...facts, numeric: true, value: (i) => part[i] };
+      return { ...facts, numeric: true, most: spread(facts, part), value: (i) => part[i] };
     }
     const list = words[facts.at] ?? [];
     let low = null;
@@ -22,6 +22,9 @@ const fold = (text) => (text ?? "").toLowerCase().replaceAll("\u241f", " ");
 
 const NUMBER = String.raw`[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?`, UNITS = { "%": 0.01, k: 1e3, m: 1e6, g: 1e9 };
 const parse = (text, unit) => Number(text) * (UNITS[(unit ?? "").toLowerCase()] ?? 1);
+
+/** The largest of a column whose decimals are to be aligned; 0 for counts and for what runs over many powers of ten. */
+const spread = (facts, part) => (facts.bar === "log" || part.every((x) => Number.isNaN(x) || Number.isInteger(x)) ? 0 : largest(part));
 
 /** A test of one value from what a person wrote for a column of numbers; throws a sentence. */
 function numberTest(text) {
@@ -130,10 +133,10 @@ function cellOf(column) {
   const text = document.createTextNode("");
   el.append(text);
   if (!column.numeric || column.name === "latent") return [el, (i) => { text.data = column.value(i) ?? ""; }];
-  if (!column.bar) return [el, (i) => { text.data = short(column.value(i)); }];
+  if (!column.bar) return [el, (i) => { text.data = level(column.value(i), column.most); }];
   return [el, (i) => {
     const x = column.value(i);
-    text.data = short(x);
+    text.data = level(x, column.most);
     el.style.backgroundSize = `${(100 * length(column, x)).toFixed(0)}% 18px`;
   }];
 }

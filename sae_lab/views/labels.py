@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['NAMES', 'EMPTY', 'KEEP', 'INK', 'PEN', 'NAME', 'Overlap', 'ConceptTable', 'sure', 'scale', 'concept_table']
 
-# %% ../../nbs/09_views/09_labels.ipynb #6cb27c0a
+# %% ../../nbs/09_views/09_labels.ipynb #6d425587
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..ground.html import SANS, number
+from .card_parts import even
 from .payload import AbstractPayload, Number, caption, token_text, views
 
 # %% ../../nbs/09_views/09_labels.ipynb #82121d2b
@@ -61,14 +62,14 @@ class ConceptTable(AbstractPayload):
     def rows(self) -> list[dict]: # one an entry
         return [{key: getattr(each, key) for key in Overlap.__dataclass_fields__} for each in self.entries]
 
-# %% ../../nbs/09_views/09_labels.ipynb #79e924c8
+# %% ../../nbs/09_views/09_labels.ipynb #55a2a701
 EMPTY = "too little evidence: nothing shares enough tokens to be ranked"
 KEEP = 50   # entries drawn
 INK, PEN = 'fill="currentColor"', 'stroke="currentColor"'
-NAME = 'style="min-width:11em;max-width:17em;white-space:normal;overflow-wrap:anywhere"'
+NAME = 'style="min-width:9em;max-width:17em;white-space:normal;overflow-wrap:anywhere"'
 
 
-def _bar(each: Overlap, most: float, width: int = 100) -> str:
+def _bar(each: Overlap, most: float, width: int = 80) -> str:
     "Score, interval and null of one entry on one scale."
     def x(value: Any) -> float: return round(1 + (width - 2) * min(max(float(value) / most, 0.0), 1.0), 1)
     parts = ['<line x1="1" x2="1" y1="1" y2="15" stroke="currentColor" opacity=".4"/>']
@@ -84,22 +85,25 @@ def _bar(each: Overlap, most: float, width: int = 100) -> str:
             f'style="vertical-align:middle">{"".join(parts)}</svg>')
 
 
-def sure(each: Overlap, # an entry
-         ) -> str:      # "0.62 (0.55 to 0.7)"
+def sure(each: Overlap,      # an entry
+         most: float = 1.0,  # largest of its column
+         ) -> str:           # "0.62 (0.55 to 0.70)"
     "A score with its interval, or that the interval is not known."
-    if not (_real(each.low) and _real(each.high)): return f"{number(each.score, 2)} (interval unknown)"
-    return f"{number(each.score, 2)} ({number(each.low, 2)} to {number(each.high, 2)})"
+    if not (_real(each.low) and _real(each.high)): return f"{_even(each.score, most)} (interval unknown)"
+    return f"{_even(each.score, most)} ({_even(each.low, most)} to {_even(each.high, most)})"
 
-# %% ../../nbs/09_views/09_labels.ipynb #0674cfaf
-def _row(each: Overlap, most: float) -> str:
+def _even(value: Any, most: float) -> str: return even(value, most) if _real(value) else "–"
+
+# %% ../../nbs/09_views/09_labels.ipynb #8cda39e2
+def _row(each: Overlap, most: float, top: float) -> str:
     chance = "" if each.beyond else " <small>within chance</small>"
     kind = f' <small style="opacity:.75">{caption(each.kind, 20)}</small>' if each.kind else ""
     counts = "".join(f'<td align="right">{value}</td>' for value in (
-        number(each.null, 2), number(each.precision, 2), number(each.recall, 2), f"{each.both:,}", f"{each.fires:,}",
+        _even(each.null, top), _even(each.precision, 1.0), _even(each.recall, 1.0), f"{each.both:,}", f"{each.fires:,}",
         f"{each.size:,}", f"{each.docs:,}" if each.docs else "–"))
     look = "" if each.beyond else ' style="opacity:.65"'
     return (f'<tr valign="top"{look}><td {NAME}><b>{caption(each.name, 60)}</b>{kind}{chance}</td>'
-            f'<td>{_bar(each, most)}</td><td align="right">{sure(each)}</td>{counts}</tr>')
+            f'<td>{_bar(each, most)}</td><td align="right">{sure(each, top)}</td>{counts}</tr>')
 
 
 def scale(table: ConceptTable, # any
@@ -117,7 +121,7 @@ def _summary(table: ConceptTable) -> str:
             "chance: best of all with shifted labels", table.note]
     return " · ".join(each for each in said if each)
 
-# %% ../../nbs/09_views/09_labels.ipynb #3c5d1b31
+# %% ../../nbs/09_views/09_labels.ipynb #6cfcd439
 def _table_html(table: ConceptTable) -> str:
     title = f"<b>{caption(table.title)}</b>"
     below = f'<small style="opacity:.75">{caption(_summary(table), 400)}</small>'
@@ -126,7 +130,8 @@ def _table_html(table: ConceptTable) -> str:
     most = scale(table)
     heads = NAMES.get(table.by, table.by), "chance", "precision", "recall", "in both", "fires", "has it", "docs"
     head = "".join(f'<th style="text-align:right">{caption(each)}</th>' for each in heads)
-    body = "".join(_row(each, most) for each in table.entries[:KEEP])
+    top = max((abs(float(each.score)) for each in table.entries[:KEEP] if _real(each.score)), default=1.0)
+    body = "".join(_row(each, most, top) for each in table.entries[:KEEP])
     axis = f'<th style="text-align:left;font-weight:normal"><small style="opacity:.75">0 to {number(most)}</small></th>'
     look = f"border-collapse:collapse;{font};white-space:nowrap;text-align:left"
     return (f'<div style="{font}">{title}<div style="overflow-x:auto"><table cellpadding="3" style="{look}">'
@@ -140,7 +145,7 @@ def _table_text(table: ConceptTable) -> str:
              for each in table.entries[:KEEP]]
     return "\n".join(token_text(each, 400) for each in (table.title, *(lines or [EMPTY]), _summary(table)) if each)
 
-# %% ../../nbs/09_views/09_labels.ipynb #4c2dea7b
+# %% ../../nbs/09_views/09_labels.ipynb #174bba20
 def concept_table(found: Any,            # frame of `ConceptScores.best`, `.latents` or `.union(...).steps`
                   by: str = "mcc",       # the score to draw
                   name: str = "concept", # what a row is named by: "concept" or "latent"
@@ -152,7 +157,7 @@ def concept_table(found: Any,            # frame of `ConceptScores.best`, `.late
     records = found.to_dict("records")
     entries = tuple(_overlap(each, by, name) for each in records)
     first = records[0] if records else {}
-    said = f"labels of latent {first.get('latent', '')}"
+    said = f"labels of latent {first['latent']}" if "latent" in first else "labels"
     if name == "latent": said = f"latents of {first.get('concept', 'a concept')}"
     return ConceptTable(title or said.strip(), entries, by, int(first.get("n", 0)), of, note)
 
