@@ -196,7 +196,8 @@ def correlation_null(a: csc_array,                # [tokens, m] activations of t
             count += more  # bin 0 of `more` takes these pairs away from those below the first step
             sample.append(_some(np.append(r, 0.0), rng))
             top.append(float(r.max(initial=0)))
-    return Tail(count), _facts("correlation", "activations shifted against each other along the text", draws, sample, top)
+    said = "activations shifted against each other along the text"
+    return Tail(count), _facts("correlation", said, draws, sample, top)
 
 # %% ../../nbs/05_features/055_evidence.ipynb #9dc0e2c2
 def given_p(both: Int[np.ndarray, "n"],     # tokens on which both fire
@@ -256,7 +257,8 @@ class Side:
 def _block(a: csc_array, b: csr_array, least: float, cosine: tuple) -> Iterator[pd.DataFrame]:
     "Pairs of each block that reach the size, and each child's best."
     n, n_a, n_b = a.shape[0], np.diff(a.indptr), np.bincount(b.indices, minlength=b.shape[1])
-    fires = (csc_array((np.ones(a.nnz), a.indices, a.indptr), a.shape), csr_array((np.ones(b.nnz), b.indices, b.indptr), b.shape))
+    fires = (csc_array((np.ones(a.nnz), a.indices, a.indptr), a.shape),
+             csr_array((np.ones(b.nnz), b.indices, b.indptr), b.shape))
     step = max(1, _CELLS // max(1, b.shape[1]))
     for number, (parent, child, r, products) in enumerate(met(a, b, Standard.of(a), Standard.of(b))):
         both = np.rint(_aligned(fires, number * step, step, products)).astype(np.int64)
@@ -314,8 +316,8 @@ def judged(a: Side,                     # parents
             tail.p(found.correlation.to_numpy() * np.sqrt(n), stratum(n_a * n_b / n))]
     p = np.where(found.large, np.maximum.reduce(each), 1.0)
     found = found.assign(p=p, parent=a.alive[parent], child=b.alive[found.child])
-    counts = (np.bincount(side.part.indices, minlength=len(side.alive)) for side in (a, b))
-    return found, [near.facts, facts, given_null(*counts, n, rng)], tests
+    large, small = (np.bincount(side.part.indices, minlength=len(side.alive)) for side in (a, b))
+    return found, [near.facts, facts, given_null(large, small, n, rng)], tests
 
 _NOTHING = pd.DataFrame({name: np.zeros(0, kind) for name, kind in (
     *((name, np.int64) for name in ("parent", "child", "n_child", "n_parent", "both")), ("large", bool),

@@ -126,9 +126,9 @@ def nearest(coder:AbstractCoder,            # of the latent
 )->pd.DataFrame|None:                       # latent, value, chance; None where a coder has no such directions
     "Latents whose directions are nearest by cosine, among all."
     at, other = check_latent(latent, coder.d_sae), among or coder
-    rows = [each.W_dec if side == "decoder" else getattr(each, "W_enc", None) for each in (coder, other)]
-    if rows[0] is None or rows[1] is None: return None
-    mine, theirs = rows if side == "decoder" else (each.T for each in rows)
+    mine, theirs = (getattr(each, "W_dec" if side == "decoder" else "W_enc", None) for each in (coder, other))
+    if mine is None or theirs is None: return None
+    if side != "decoder": mine, theirs = mine.T, theirs.T
     value, allowed = cosines(mine[at:at + 1], theirs)[0].numpy(), np.ones(other.d_sae, bool)
     if other is coder: allowed[at] = False
     chosen = _largest(value, allowed, n)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -71,7 +72,8 @@ class Splitting:
         return _save(self, folder)
 
     load = staticmethod(read_splitting)
-    def __repr__(self) -> str: return f"Splitting({' > '.join(self.names)}: {int(self.edges.shown.sum()):,} edges shown)"
+    def __repr__(self) -> str:
+        return f"Splitting({' > '.join(self.names)}: {int(self.edges.shown.sum()):,} edges shown)"
     def _repr_html_(self) -> str: return _summary(self)
 
 # %% ../../nbs/05_features/06_splitting.ipynb #d8695cb6
@@ -198,7 +200,7 @@ def next_states(shown: pd.DataFrame, # shown edges of one level
 
 # %% ../../nbs/05_features/06_splitting.ipynb #f2854842
 Coders = Mapping[str, AbstractCoder | Tensor] | Sequence[AbstractCoder | Tensor]
-Activations = FeatureIndex | csr_array | csc_array
+Activations: TypeAlias = FeatureIndex | csr_array | csc_array
 
 def _codes(of: Activations) -> csr_array:
     "Activations by token, of the tokens that the coder saw, without stored zeros."
@@ -226,15 +228,16 @@ def _check(coders: Sequence, indexes: Sequence, fdr: float, least: float) -> Non
     for one, other in pairwise(indexes):
         if isinstance(one, FeatureIndex) and isinstance(other, FeatureIndex): same_tokens(one, other)
     rows = {codes.shape[0] for codes in indexes if not isinstance(codes, FeatureIndex)}
-    if len(rows) > 1: raise ShapeError(f"activations over {sorted(rows)} tokens", "the same tokens", "read all over one text")
+    if len(rows) > 1:
+        raise ShapeError(f"activations over {sorted(rows)} tokens", "the same tokens", "read all over one text")
     widths = {_rows(coder).shape[1] for coder in coders}
     if len(widths) > 1: raise ShapeError(f"decoders of width {sorted(widths)}", "one width", "compare at one hook")
 
 # %% ../../nbs/05_features/06_splitting.ipynb #6a3e4cfe
 def split(coders: Coders,               # by name or in a row, the smallest first; or their decoder rows
-          indexes: Sequence[Activations],     # of each: an index, or activations [tokens, d_sae], all over the same tokens
+          indexes: Sequence[Activations],     # of each: an index, or activations [tokens, d_sae], over the same tokens
           fdr: float = .05,             # largest expected share of false edges among those shown
-          least: float = .5,            # (P(parent | child) - P(parent)) / (1 - P(parent)) below which no edge is tested
+          least: float = .5,            # (P(parent | child) - P(parent)) / (1 - P(parent)): none below is tested
           count: int = 10,              # tokens on which a latent must fire to be judged
           same: float = .9,             # cosine from which a child has its parent's direction
           principal: bool = False,      # the other null of the cosine, see `shuffled`
@@ -259,8 +262,8 @@ def split(coders: Coders,               # by name or in a row, the smallest firs
     near = edges.groupby(["level", "child"]).correlation.rank(ascending=False, method="first") <= 2
     edges = edges[edges.shown | near].reset_index(drop=True)  # what is not shown: each child's nearest at most
     sizes = tuple(len(_rows(coder)) for coder in rows)
-    rules = {"least": least, "count": count, "same": same, "principal": principal, "draws": draws, "seed": seed, "tests": tests,
-             "tokens": _codes(indexes[0]).shape[0]}
+    rules = {"least": least, "count": count, "same": same, "principal": principal, "draws": draws, "seed": seed,
+             "tests": tests, "tokens": _codes(indexes[0]).shape[0]}
     states = _states(edges, rows, indexes, fdr, rules)
     return Splitting(_named(coders), sizes, edges[[*COLUMNS]], pd.DataFrame(nulls), fdr, states, rules)
 

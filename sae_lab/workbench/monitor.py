@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -111,7 +111,8 @@ def half_card(snapshot: Snapshot,  # a coder as it stood
     "The card of a latent of a coder in training."
     check_latent(latent, snapshot.coder.d_sae)
     spec = snapshot.coder.spec
-    where = f"{snapshot.name} after {snapshot.tokens:,} tokens of training · {', '.join(spec.hooks_out or spec.hooks_in)} · fixed probe"
+    hooks = ", ".join(spec.hooks_out or spec.hooks_in)
+    where = f"{snapshot.name} after {snapshot.tokens:,} tokens of training · {hooks} · fixed probe"
     return card(snapshot.probe.subject, snapshot.coder, snapshot.index, latent, where=where)
 
 # %% ../../nbs/10_lab/06_monitor.ipynb #b1ae4301
@@ -135,8 +136,10 @@ def _notes(probe: Probe | None, seldom: Seldom) -> tuple[str, ...]:
     if probe is None: return ("Without a subject and text there is neither cross-entropy nor a card.",)
     docs = len(probe.part.doc[probe.part.doc >= 0].unique())
     cost = f"; measured {len(seldom.spent)} times in {sum(seldom.spent):.1f} s" if seldom.spent else ""
-    sure = [f"{name} adds {number(m.value)} ({number(m.low)} to {number(m.high)}) nats" for name, m in seldom.latest.items()]
-    return (f"CE through the coder, error dropped: {int(scored(probe.part).sum()):,} predictions in {docs} documents of a fixed probe{cost}.",
+    sure = [f"{name} adds {number(m.value)} ({number(m.low)} to {number(m.high)}) nats"
+            for name, m in seldom.latest.items()]
+    n = int(scored(probe.part).sum())
+    return (f"CE through the coder, error dropped: {n:,} predictions in {docs} documents of a fixed probe{cost}.",
             *([f"{'; '.join(sure)}; 95 % intervals over documents."] if sure else []))
 
 # %% ../../nbs/10_lab/06_monitor.ipynb #b13ee0fa
@@ -153,8 +156,9 @@ def view_of(work: Background,                     # running or not
     levels = (("ce", "untouched", float(probe.clean.mean())),) if probe and seldom.points else ()
     rate = _rate(steps) if work.status in ("running", "paused") else None
     panels = ("loss", "l0", "ce" if probe else "fvu", "dead")
-    return monitor_view([*past, *steps], edges, list(seldom.points), title=title, status=work.status, tokens=work.run.tokens, goal=work.run.goal,
-                        seconds=steps[-1].seconds if steps else 0.0, rate=rate, marks=_marks(work), references=levels,
+    return monitor_view([*past, *steps], edges, list(seldom.points), title=title, status=work.status,
+                        tokens=work.run.tokens, goal=work.run.goal, seconds=steps[-1].seconds if steps else 0.0,
+                        rate=rate, marks=_marks(work), references=levels,
                         notes=failed + _notes(probe, seldom), panels=panels)
 
 def _rate(steps: list[Step]) -> float | None:
@@ -199,7 +203,7 @@ def _measure(watch: "Watch") -> None:
     "Every coder on the probe; the next round comes when this one is a small share of the time since."
     began = time.monotonic()
     for name in watch.work.run.given:
-        if watch.over.is_set(): return
+        if watch.over.is_set() or watch.probe is None: return
         coder = watch.work.snapshot(name)
         value, more = added(watch.probe, coder)
         watch.seldom.points.append((int(coder.spec.provenance["tokens"]), {name: {"ce": value}}))
@@ -216,12 +220,12 @@ def _due(watch: "Watch") -> bool:
     if due: watch.measured, watch.free = step, math.inf
     return due
 
-def _open(watch: "Watch", name: str, latent: int, again: bool) -> None:
+def _open(watch: "Watch", probe: Probe, name: str, latent: int, again: bool) -> None:
     "Take a copy, read the probe, show the card."
-    old = watch.snapshot
-    if old is None or old.name != name or not (again or old.coder.spec.provenance["steps"] == watch.work.run.step):
-        watch.snapshot = Snapshot(watch.probe, name, watch.work.snapshot(name))
-    made = half_card(watch.snapshot, latent)
+    kept = watch.snapshot
+    if kept is None or kept.name != name or not (again or kept.coder.spec.provenance["steps"] == watch.work.run.step):
+        kept = watch.snapshot = Snapshot(probe, name, watch.work.snapshot(name))
+    made = half_card(kept, latent)
     watch.doing, widget = "", watch.widget()
     if widget is not None: widget.card = made.to_html()
 
@@ -236,7 +240,9 @@ class _Sight(_Chores):
                  share: float = 0.1):            # of the time that measuring may cost
         super().__init__()
         self.work, self.probe, self.title, self.every, self.share = work, probe, title, every, share
-        self.seldom, self.past, self.snapshot = Seldom(), [], None
+        self.seldom = Seldom()
+        self.past: list[dict] = []
+        self.snapshot: Snapshot | None = None
         self.free, self.measured, self.broken = 0.0, -1, False
         self.widget: Callable[[], MonitorWidget | None] = lambda: None
         self.bar: tqdm | None = None
@@ -291,7 +297,8 @@ def _advance(bar: tqdm, work: Background) -> None:
     "A progress bar with what was measured last."
     last = next((e for e in reversed(list(work.events)) if isinstance(e, Step)), None)
     losses = last.losses.items() if last else ()
-    bar.set_postfix_str("; ".join(f"{name} loss {x['loss']:.3f}, L0 {x['l0']:.0f}, dead {x['dead']:.0%}" for name, x in losses), False)
+    said = (f"{name} loss {x['loss']:.3f}, L0 {x['l0']:.0f}, dead {x['dead']:.0%}" for name, x in losses)
+    bar.set_postfix_str("; ".join(said), False)
     bar.update(work.run.tokens - bar.n)
 
 def answers(watch: Watch,                    # of a training
@@ -304,12 +311,14 @@ def answers(watch: Watch,                    # of a training
         made = watch.work.change(coefficient, float(value), coder)
         return then(f"{coder}: {coefficient} is {number(made.value)} from step {made.step + 1:,} on")
     def open_card(coder: str, latent: int, again: bool = False) -> str:
-        if watch.probe is None: raise InputError("no text to look at it on", "a subject and text", "monitor(work, subject, tokens)")
+        if watch.probe is None:
+            raise InputError("no text to look at it on", "a subject and text", "monitor(work, subject, tokens)")
         check_latent(latent, watch.work.run.given[coder].d_sae)
         watch.doing = f"latent {latent} of {coder}: reading {watch.probe.tokens.n:,} tokens of the probe…"
-        watch.submit(lambda: _open(watch, coder, latent, again))
+        watch.submit(partial(_open, watch, watch.probe, coder, latent, again))
         return then()
-    act = {name: (lambda call: lambda: (call(), then())[1])(getattr(watch.work, name)) for name in ("pause", "resume", "stop")}
+    done = lambda call: lambda: (call(), then())[1]
+    act = {name: done(getattr(watch.work, name)) for name in ("pause", "resume", "stop")}
     return {**act, "change": change, "card": open_card}
 
 # %% ../../nbs/10_lab/06_monitor.ipynb #b9381870
@@ -344,7 +353,8 @@ def monitor(work: Background,                # is started if it was not
             ends: bool = True,               # closing the widget stops the training
             ) -> MonitorWidget:              # in a notebook it shows itself; elsewhere a progress bar does
     "Watch a training and take part in it."
-    if not (0 < share < 1 and every > 0): raise InputError(f"every={every}, share={share}", "every above 0, share between 0 and 1")
+    if not (0 < share < 1 and every > 0):
+        raise InputError(f"every={every}, share={share}", "every above 0, share between 0 and 1")
     probe = None if subject is None or tokens is None else Probe(subject, tokens, few)
     watch = Watch(work, probe, title, every, share)
     if work.status == "ready": work.start()
