@@ -6,7 +6,7 @@
 __all__ = ['QUANTITIES', 'home', 'packed', 'in_notebook', 'status', 'Monitor', 'watch', 'pick', 'collect', 'train', 'measured',
            'measure', 'index', 'show', 'save', 'reopen', 'Lab']
 
-# %% ../nbs/10_lab/20_lab.ipynb #34b3b003
+# %% ../nbs/10_lab/20_lab.ipynb #ff10c303
 import math
 import os
 import shutil
@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .coders.contract import AbstractCoder, load, make
+from .coders.contract import AbstractCoder, load
 from .features.index import FeatureIndex
 from .ground.errors import DamagedFile, InputError, Stopped, unknown
 from .ground.files import atomic_folder, hash_json, read_json, write_json
@@ -139,7 +139,7 @@ def pick(
     lab.last = coder or lab.last or next(iter(lab.coders))
     return lab.last
 
-# %% ../nbs/10_lab/20_lab.ipynb #66fd4bf1
+# %% ../nbs/10_lab/20_lab.ipynb #22637c43
 def collect(
     lab: "Lab",  # the lab
     hook: str | Sequence[str] = "blocks.1.mlp.hook_post",  # one hook or several, by TransformerLens names
@@ -165,8 +165,7 @@ def train(
         raise InputError("There are no activations yet", "collected activations", "Call lab.collect(hook=...) first.")
     source, settings = lab.store.source(seed=lab.seed), settings or {}
     width = sum(source.widths.values())
-    fresh = {f"{kind}-{size}": make(kind, d_in=width, d_sae=size, seed=lab.seed, **args)
-             for size in ([d_sae] if isinstance(d_sae, int) else d_sae)}
+    fresh = desk.fresh(lab.seed, kind, width, d_sae, **args)
     made = [source.identity, lab.seed, {key: repr(value) for key, value in settings.items()}]
     places = {name: lab.folder / "coders" / f"{name}-{hash_json([*made, c.spec.args])}" for name, c in fresh.items()}
     missing = {name: coder for name, coder in fresh.items() if not places[name].is_dir()}
