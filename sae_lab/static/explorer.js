@@ -3,6 +3,7 @@ const HUES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", 
 const KINDS = [["cosine", "cosine"], ["correlation", "correlation"], ["given", "P(parent|child)"]];
 const COLUMNS = ["level", "parent", "child", "cosine", "correlation", "given", "reverse", "n_child", "p", "q", "shown", "strength"];
 const ROW = 19, MOST = 28, TOP = 40;
+const TREE = "A line joins a parent and a child: the thicker, the larger the mean of cosine, correlation and P(parent|child); dashed grey: another parent or child.";
 const clip = (v) => (Number.isFinite(v) ? Math.min(Math.max(v, 0), 1) : 0);
 const hue = (branch) => (branch === -2 ? GREY : branch < 0 ? "currentColor" : HUES[branch % HUES.length]);
 
@@ -302,7 +303,7 @@ function render({ model, el }) {
   const kinOf = (i) => [data.up(i).filter((e) => pass[e]).length, data.down(i).filter((e) => pass[e]).length];
 
   // controls
-  const search = make("input", { type: "search", placeholder: "number, dictionary:number, label or token", className: "sl-ex-search" });
+  const search = make("input", { type: "search", placeholder: "latent, label or token", title: "a number, dictionary:number, a label or a token", className: "sl-ex-search" });
   search.setAttribute("aria-label", "Find a latent");
   const hits = make("div", { className: "sl-ex-hits", hidden: true, role: "listbox" });
   const back = make("button", { textContent: "← back", disabled: true, title: "The latent before (Escape)" });
@@ -340,13 +341,17 @@ function render({ model, el }) {
       title: l ? `${(data.sizes[l] - data.attached[l]).toLocaleString("en")} latents without a shown parent` : "latents" }));
   });
   const chart = make("div", { className: "sl-ex-chart" });
+  const how = make("div", { className: "sl-quiet sl-ex-how" });
+  const explain = () => { how.textContent = model.get("mode") === "tree" ? TREE : model.get("how"); };
+  model.on("change:mode", explain);
+  explain();
   chart.innerHTML = model.get("chart");  // made and escaped by Python
   const stage = make("div", { className: "sl-ex-stage" });
   root.append(
     make("div", { className: "sl-ex-bar" }, title, make("div", { className: "sl-ex-find" }, search, hits, back, modes)),
     make("div", { className: "sl-ex-bar sl-ex-knobs" }, ...knobs, reset, passing), strip,
     make("div", { className: "sl-ex-main" }, make("div", { className: "sl-ex-aside" }, heads, canvas, feet, chart), stage),
-    make("div", { className: "sl-quiet sl-ex-how", textContent: model.get("how") }));
+    how);
   const trees = forest(canvas, data, pass, mains);
 
   function filter() {

@@ -9,7 +9,7 @@ __all__ = ['NAMES', 'EMPTY', 'KEEP', 'INK', 'PEN', 'NAME', 'Overlap', 'ConceptTa
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..ground.html import SANS, number
 from .card_parts import even
@@ -39,7 +39,7 @@ class Overlap:
         return not (_real(self.null) and _real(self.score)) or float(self.score) > float(self.null)
 
 
-def _real(value: Any) -> bool: return value is not None and math.isfinite(value)
+def _real(value: Any) -> TypeGuard[float]: return value is not None and math.isfinite(value)
 
 # %% ../../nbs/09_views/09_labels.ipynb #2ba85fb9
 NAMES = {"iou": "IoU", "f1": "F1", "mcc": "MCC", "lift": "lift", "precision": "precision", "recall": "recall"}
@@ -62,14 +62,14 @@ class ConceptTable(AbstractPayload):
     def rows(self) -> list[dict]: # one an entry
         return [{key: getattr(each, key) for key in Overlap.__dataclass_fields__} for each in self.entries]
 
-# %% ../../nbs/09_views/09_labels.ipynb #55a2a701
+# %% ../../nbs/09_views/09_labels.ipynb #33f6b7bc
 EMPTY = "too little evidence: nothing shares enough tokens to be ranked"
 KEEP = 50   # entries drawn
 INK, PEN = 'fill="currentColor"', 'stroke="currentColor"'
 NAME = 'style="min-width:9em;max-width:17em;white-space:normal;overflow-wrap:anywhere"'
 
 
-def _bar(each: Overlap, most: float, width: int = 80) -> str:
+def _bar(each: Overlap, most: float, width: int = 72) -> str:
     "Score, interval and null of one entry on one scale."
     def x(value: Any) -> float: return round(1 + (width - 2) * min(max(float(value) / most, 0.0), 1.0), 1)
     parts = ['<line x1="1" x2="1" y1="1" y2="15" stroke="currentColor" opacity=".4"/>']
@@ -92,7 +92,7 @@ def sure(each: Overlap,      # an entry
     if not (_real(each.low) and _real(each.high)): return f"{_even(each.score, most)} (interval unknown)"
     return f"{_even(each.score, most)} ({_even(each.low, most)} to {_even(each.high, most)})"
 
-def _even(value: Any, most: float) -> str: return even(value, most) if _real(value) else "–"
+def _even(value: Any, most: float) -> str: return even(value, most) if _real(value) else number(value)
 
 # %% ../../nbs/09_views/09_labels.ipynb #8cda39e2
 def _row(each: Overlap, most: float, top: float) -> str:
@@ -163,7 +163,7 @@ def concept_table(found: Any,            # frame of `ConceptScores.best`, `.late
 
 
 def _overlap(row: Mapping, by: str, name: str) -> Overlap:
-    numbers = {key: None if row.get(column) is None else float(row[column]) for key, column in
+    numbers: dict[str, Any] = {key: None if row.get(column) is None else float(row[column]) for key, column in
                {"score": by, "low": f"{by}_low", "high": f"{by}_high", "null": f"{by}_null", "p": f"{by}_p",
                 "precision": "precision", "recall": "recall"}.items()}
     said = f"latent {row['latent']}" if name == "latent" else str(row["concept"])

@@ -34,7 +34,7 @@ def bar(table):
     "Ends of the drawn bars as shares of their width."
     import re
 
-    return [float(x) / 98 for x in re.findall(r'<rect x="1" y="3" width="([-\d.]+)"', table.to_html())]
+    return [float(x) / 70 for x in re.findall(r'<rect x="1" y="3" width="([-\d.]+)"', table.to_html())]
 
 
 def test_bars_have_the_length_of_the_score():
@@ -48,7 +48,7 @@ def test_chance_and_the_unknown_are_said():
     table = ConceptTable("t", (Overlap("good", score=.6, low=.5, high=.7, null=.2), Overlap("bad", score=.1, null=.2)))
     html, text = table.to_html(), table.to_text()
     assert html.count("within chance") == text.count("within chance") == 1
-    assert "0.6 (0.5 to 0.7)" in html and "0.1 (interval unknown)" in html
+    assert "0.60 (0.50 to 0.70)" in html and "0.10 (interval unknown)" in html
     assert sure(Overlap("a", score=math.nan)).startswith("NaN")
     assert EMPTY in ConceptTable("t").to_html() and EMPTY in ConceptTable("t").to_text()
 
