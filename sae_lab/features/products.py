@@ -174,8 +174,9 @@ def one_to_all(index:FeatureIndex,          # of the latent
     "Everything that one latent's activations say about every latent of another index, or of its own."
     at = check_latent(latent, index.d_sae)
     position, value = index.activations(at)
+    pairs: tuple[np.ndarray, ...] = ()
     if not isinstance(other, FeatureIndex): pairs = _pairs(position, value, other)
-    else: pairs = _gathered(position, value, by_column(other)) if same_tokens(index, other) else ()
+    elif same_tokens(index, other): pairs = _gathered(position, value, by_column(other))
     theirs, wide = margins(other), value.astype(np.float64)
     mine = [np.array([each]) for each in (len(value), wide.sum(), (wide * wide).sum())]
     sums = Sums(index.n_tokens, mine[0], theirs.count, mine[1], theirs.total, mine[2], theirs.square,

@@ -62,7 +62,7 @@ def lines(seen: TokenEffect, # an effect
     "The effect in words."
     head = f"latent {seen.latent} is {number(seen.activation)} at “{token_text(seen.token)}”"
     said = [head + (f", {seen.place}" if seen.place else "")]
-    if seen.effect is not None:
+    if seen.effect is not None and seen.loss_before is not None and seen.loss_after is not None:
         p, q = (number(math.exp(-loss)) for loss in (seen.loss_before, seen.loss_after))
         verdict = "it helps" if seen.effect > 0 else "it hurts" if seen.effect < 0 else "no effect"
         said.append(f"next token “{token_text(seen.following or '')}”: "

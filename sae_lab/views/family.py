@@ -144,11 +144,12 @@ def _states(splitting: Any, sizes: tuple[int, ...]) -> tuple[list[str], ...]:
     for level, latent, state in zip(*columns, strict=True): states[int(level)][int(latent)] = str(state)
     return tuple(states)
 
-def _nulls(splitting: Any) -> tuple[Null, ...]:
-    rows = splitting.nulls.to_dict("records")
-    return tuple(Null(str(row["evidence"]), str(row["null"]), int(row["draws"]),
-                      *(float(row[name]) for name in ("q50", "q95", "q99", "max")), int(row.get("level", -1)))
-                 for row in rows)
+def _null(row: Mapping) -> Null:
+    q50, q95, q99, most = (float(row[name]) for name in ("q50", "q95", "q99", "max"))
+    level = int(row.get("level", -1))
+    return Null(str(row["evidence"]), str(row["null"]), int(row["draws"]), q50, q95, q99, most, level)
+
+def _nulls(splitting: Any) -> tuple[Null, ...]: return tuple(map(_null, splitting.nulls.to_dict("records")))
 
 def _means(splitting: Any) -> tuple[Mean, ...]:
     rows = splitting.children_per_latent().to_dict("records")
@@ -247,7 +248,9 @@ def _column(made: Ladder, level: int, own: list[int], down: bool, most: int) -> 
 
 def _side(made: Ladder, focus: tuple[int, int], down: bool, most: int) -> tuple[dict, dict]:
     "The tree on one side of the focus: kin of each member, and how many are left out."
-    level, own, kin, hidden = focus[0], [focus[1]], {}, {}
+    level, own = focus[0], [focus[1]]
+    kin: dict[tuple[int, int], list] = {}
+    hidden: dict[tuple[int, int], int] = {}
     while own and 0 <= level + (1 if down else -1) < len(made.sizes):
         kept, left = _column(made, level, own, down, most)
         step = level + (1 if down else -1)
@@ -304,9 +307,10 @@ def _between(made: Ladder, members: list[Member], tree: set) -> tuple[Edge, ...]
         keep &= np.isin(edges["parent"], here) & np.isin(edges["child"], there)
         for i in np.flatnonzero(keep):
             parent, child = int(edges["parent"][i]), int(edges["child"][i])
-            evidence = [float(edges[name][i]) for name in (*KINDS, "reverse")]
-            found.append(Edge(level, parent, child, *evidence, int(edges["n_child"][i]), float(edges["p"][i]),
-                              float(edges["q"][i]), ((level, parent), (level + 1, child)) in tree))
+            cosine, correlation, given, reverse = (float(edges[name][i]) for name in (*KINDS, "reverse"))
+            found.append(Edge(level, parent, child, cosine, correlation, given, reverse,
+                              int(edges["n_child"][i]), float(edges["p"][i]), float(edges["q"][i]),
+                              ((level, parent), (level + 1, child)) in tree))
     return tuple(found)
 
 def _siblings(made: Ladder, focus: tuple[int, int], parent: int, row: Number, most: int,
@@ -330,7 +334,8 @@ def family(made: Ladder,          # a ladder
     places, focus = ranks(made) if places is None else places, (level, latent)
     sides = [_side(made, focus, down, most) for down in (True, False)]
     rows = [_rows(kin, hidden, focus) for kin, hidden in sides]
-    members, tree = {}, set()
+    members: dict[tuple[int, int], Member] = {}
+    tree: set[tuple] = set()
     for (kin, hidden), own, down in zip(sides, rows, (True, False), strict=True):
         shift, branches = max(each[focus] for each in rows) - own[focus], _branches(kin, focus)
         tree |= {(a, b) if down else (b, a) for a, kids in kin.items() for b in kids}
@@ -365,7 +370,8 @@ def bands(made: Ladder,               # a ladder
           places: list[np.ndarray] | None = None,  # from `ranks`; None: worked out
           ) -> tuple[Band, ...]:      # from the top, a step of the ladder after the other
     "The bands of every step."
-    places, mains, found = ranks(made) if places is None else places, main_parents(made), []
+    places, mains = ranks(made) if places is None else places, main_parents(made)
+    found: list[Band] = []
     for level, (small, large) in enumerate(zip(made.sizes, made.sizes[1:], strict=False)):
         at = mains[level + 1] >= 0
         counts = np.bincount(places[level][mains[level + 1][at]], minlength=small)

@@ -155,7 +155,7 @@ def browser(coder: AbstractCoder,                     # the dictionary
             labels: Mapping[int, str] | None = None,  # names of some latents
             extra: Mapping[str, Any] | None = None, # further measures, a number or text for each latent
             title: str = "",                          # of the dictionary
-            **traits: object,                         # selected, pinned, search, filters, order, height of the widget
+            **traits: Any,                            # selected, pinned, search, filters, order, height of the widget
             ) -> BrowserWidget:                       # link its trait `selected` to a card's `latent`
     "A browser over every latent of a dictionary."
     found = BrowserWidget(latent_table(coder, index, subject, labels, extra, title), **traits)

@@ -57,7 +57,8 @@ def logit_effects(subject: Subject,     # the model
     to = ports(subject, coder)
     if any(subject.to_residual(name) is None for name in to.write): return None
     parts = coder.W_dec[latent].detach().float().split(to.widths)
-    return sum(subject.logit_weights(name, part[None])[0] for name, part in zip(to.write, parts)).cpu().numpy()
+    effects = (subject.logit_weights(name, part[None])[0] for name, part in zip(to.write, parts))
+    return sum(effects, torch.zeros(())).cpu().numpy()
 
 def logit_chart(effects: Float[np.ndarray, "d_vocab"], # per unit of activation
                 bins: int = 50,                        # bars
@@ -145,7 +146,7 @@ def concept_ranking(concepts: Any,     # with best(latent, n): a table of concep
     chance = f"chance reaches {number(found[0]['mcc_null'], 2)}" if found else "no concept has the evidence"
     return ranking(rows, "concepts", "MCC", note=chance, full=1)
 
-# %% ../../nbs/10_lab/03_card.ipynb #f7666719
+# %% ../../nbs/10_lab/03_card.ipynb #321ad052
 KINDS = {"decoder": ("nearest decoders", "cosine"), "encoder": ("nearest encoders", "cosine"),
          "correlation": ("correlated latents", "Pearson r"), "given_a": ("fires when this fires", "P(other | this)"),
          "given_b": ("this fires when it fires", "P(this | other)")}
@@ -155,7 +156,8 @@ def main_token(index: FeatureIndex, # with its text
                ) -> str:            # "" for a latent that never fires
     "The token that carries most of a latent's activation."
     position, value = index.activations(latent)
-    return next((token_text(each.string, 24) for each in top_tokens(index.text, position, np.abs(value), 1)), "")
+    best = next((each.string for each in top_tokens(index.text, position, np.abs(value), 1)), "")
+    return str(token_text(best.strip(" ") or best, 24))
 
 def neighbour_rankings(coder: AbstractCoder, # of the index
                        index: FeatureIndex,  # of the coder
@@ -207,7 +209,8 @@ def card(subject: Subject,                      # the model
          ) -> LatentCard:                       # static; at most 60 kB
     "Everything known about one latent."
     page = index.page(latent, n_top=7, sizes=sizes, seed=seed)
-    effects, more = logit_effects(subject, coder, latent), {}
+    effects = logit_effects(subject, coder, latent)
+    more: dict[str, Any] = {}
     words = index.text.vocab or subject.strings(list(range(subject.d_vocab)))
     if effects is not None:
         more = {"logits": logit_table(effects.tolist(), words), "logit_histogram": logit_chart(effects)}

@@ -91,8 +91,10 @@ def token_effect(subject: Subject,                # the model
     stop, probability = (ids.shape[1] if last is None else last) - 1, both[:, position].float().softmax(-1).cpu()
     words, follows, after = subject.strings(ids[0]), position < stop, loss[:, position + 1:stop]
     heads = head_parts(subject, coder, ids, [position], latent)
+    with_it, without = loss[:, position].tolist() if follows else (None, None)
+    promoted, suppressed = changes(probability[0], probability[1], subject, n)
     return TokenEffect(latent, words[position], activation, words[position + 1] if follows else None,
-                       *(loss[:, position].tolist() if follows else (None, None)), *changes(*probability, subject, n),
+                       with_it, without, promoted, suppressed,
                        later=float((after[1] - after[0]).mean()) if after.shape[1] else None, n_later=after.shape[1],
                        heads=() if heads is None else tuple(heads[0].tolist()), place=place)
 
