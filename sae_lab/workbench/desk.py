@@ -51,7 +51,7 @@ def signed(
     widget.provenance = {"seed": lab.seed} | found | {"coder": {"name": name} | found["coder"]}
     return widget
 
-# %% ../../nbs/10_lab/18_desk.ipynb #86404091
+# %% ../../nbs/10_lab/18_desk.ipynb #e4edcd43
 def card(
     lab: Any,  # the lab
     latent: int,  # shown first
@@ -87,7 +87,7 @@ def prompt(
     found = signed(prompts.prompt(lab.subject, made, pages, text, title=name, **options), lab, name)
     return beside(found, card(lab, max(found.selected, 0), name)) if cards else found
 
-
+# %% ../../nbs/10_lab/18_desk.ipynb #3fb7f461
 def beside(
     chooser: BrowserWidget | PromptWidget,  # with a trait `selected`, -1 for none
     shown: CardWidget,  # what is to follow it
