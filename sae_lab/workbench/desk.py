@@ -96,7 +96,7 @@ def beside(
     chooser.observe(lambda change: change["new"] >= 0 and shown.set_trait("latent", change["new"]), "selected")
     return Board([chooser, shown])
 
-# %% ../../nbs/10_lab/18_desk.ipynb #71f282fa
+# %% ../../nbs/10_lab/18_desk.ipynb #24281335
 def fresh(
     seed: int,  # of the lab
     kind: str,  # a kind in `coders`
@@ -133,7 +133,7 @@ def monitor(
     "Watch a training and take part in it."
     return monitors.monitor(work, lab.subject, lab.text("explain", tokens), **options)
 
-
+# %% ../../nbs/10_lab/18_desk.ipynb #33ff9996
 def keep(
     lab: Any,  # the lab
     work: Background,  # waited for, if it is not over
