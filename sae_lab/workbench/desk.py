@@ -123,7 +123,7 @@ def begin(
     coders = fresh(lab.seed, kind, sum(source.widths.values()), d_sae, **args)
     return Background(coders, source, seed=lab.seed, **(settings or {}))
 
-
+# %% ../../nbs/10_lab/18_desk.ipynb #3f6a91d2
 def monitor(
     lab: Any,  # the lab
     work: Background,  # is started if it was not
