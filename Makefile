@@ -31,10 +31,10 @@ lab: setup       ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: setup      ## pass all tests
-	$(BIN)/python -m pytest -n 2 -m "not slow and not compat and not peers"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not compat and not peers"
 
 test-all: setup  ## the long proofs too
-	$(BIN)/python -m pytest -n 2 -m "not compat and not peers"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not compat and not peers"
 
 test-compat: setup  ## the oldest supported transformer-lens, in an environment of its own
 	test -x .venv-tl39/bin/python || $(PYTHON) -m venv .venv-tl39
