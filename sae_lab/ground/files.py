@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST', 'sha256', 'canonical', 'hash_json', 'hash_tensors', 'atomic', 'atomic_folder', 'write_json', 'read_json',
            'save_tensors', 'load_tensors', 'write_manifest', 'read_manifest']
 
-# %% ../../nbs/00_ground/03_files.ipynb #d317ba32
+# %% ../../nbs/00_ground/03_files.ipynb #2890b058
 import hashlib
 import json
 import os
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .errors import DamagedFile, InputError
@@ -135,7 +135,7 @@ def read_json(path: str | Path, # a JSON file
         raise DamagedFile(f"{path} cannot be read as JSON ({error})", "a whole JSON file",
                           "write or fetch it again", path=str(path)) from error
 
-# %% ../../nbs/00_ground/03_files.ipynb #6fbcbe1d
+# %% ../../nbs/00_ground/03_files.ipynb #cb69f97b
 def save_tensors(path: str | Path,            # where to, by custom *.safetensors
                  tensors: dict[str, Tensor],  # by name, on any device
                  meta: dict | None = None,    # facts to keep with them, JSON-able
@@ -144,7 +144,7 @@ def save_tensors(path: str | Path,            # where to, by custom *.safetensor
     header = {"meta": canonical(meta or {})}
     ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic(path) as part:
-        save_file(ready, part, metadata=header)
+        part.write_bytes(save(ready, header))
     return Path(path)
 
 # %% ../../nbs/00_ground/03_files.ipynb #92a7f2f4
