@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from hostile import HOSTILE
 
 from sae_lab.ground.errors import InputError, Unavailable
 from sae_lab.sources.subject import Subject
@@ -16,9 +17,6 @@ from sae_lab.views.payload import check_view
 from sae_lab.views.widget import reply
 from sae_lab.workbench.attention import attention, neurons
 
-BAD = ("</script><script>hit()</script>", "<img src=x onerror=hit()>", "a\u202eb", "\ud83d", "\n", "", "n" * 10_000,
-       "&lt;b&gt;")
-
 
 def pattern(n, heads=2, seed=0):
     "Causal patterns whose rows sum to one."
@@ -28,9 +26,10 @@ def pattern(n, heads=2, seed=0):
 
 def test_views_hold_whatever_comes():
     "Hostile tokens, one token, none, numbers that are none."
-    values = tuple(((float(i), math.nan, -math.inf),) for i in range(len(BAD)))
-    shown = [AttentionView(BAD, pattern(len(BAD)), BAD[:2], BAD[0]), AttentionView(("a",), pattern(1, 1)),
-             NeuronsView(BAD, values, (BAD[0],), BAD[:3], BAD[1])]
+    values = tuple(((float(i), math.nan, -math.inf),) for i in range(len(HOSTILE)))
+    shown = [AttentionView(HOSTILE, pattern(len(HOSTILE)), HOSTILE[:2], HOSTILE[0]),
+             AttentionView(("a",), pattern(1, 1)),
+             NeuronsView(HOSTILE, values, (HOSTILE[0],), HOSTILE[:3], HOSTILE[1])]
     for view in shown:
         check_view(view)
         assert "<script" not in view.to_html() and "<img" not in view.to_html()
@@ -42,7 +41,7 @@ def test_a_page_has_one_bundle_and_short_numbers():
     "12 heads of 64 tokens: a bundle and a few hundred kilobytes; no script in the data, no address to ask."
     tokens = tuple(f" t{i}" for i in range(64))
     view = AttentionView(tokens, pattern(64, 12))
-    page = circuits_page([view, view, NeuronsView(BAD, tuple(((1.0,),) for _ in BAD), ("0",), ("0",))])
+    page = circuits_page([view, view, NeuronsView(HOSTILE, tuple(((1.0,),) for _ in HOSTILE), ("0",), ("0",))])
     assert page.count("var CircuitsVis=") == 1 and len(page) < 1_300_000 + 2 * 300_000
     assert not re.search(r"(src|href)=[\"']?http|unpkg|google\.com", page)
     data = re.search(r'id="sl-cv-data">(.*?)</script>', page, re.S)[1]

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from hostile import HOSTILE
 
 from sae_lab.coders.contract import make
 from sae_lab.ground.toy import sparse_mixture
@@ -20,7 +21,6 @@ from sae_lab.workbench.monitor import Watch, monitor, view_of
 D = 16
 DATA = sparse_mixture(n_features=32, d=D, active=2, seed=0).sample(30_000, seed=1)[0]
 EDGES = {"density": DENSITY_EDGES, "activation": ACTIVATION_EDGES}
-BAD = ["</script><img src=x onerror=hit()>", "a\u202eb", "\ud83d", "n" * 10_000]
 
 
 def source(data=DATA, batch=100):
@@ -68,7 +68,7 @@ def test_a_long_run_stays_small_and_quick():
     check_view(view)
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", HOSTILE)
 def test_names_that_bite(name):
     "They are text, in HTML as elsewhere."
     losses = {name: {"loss": math.nan, "l0": math.inf, "dead": 0.5, name: 1.0}}

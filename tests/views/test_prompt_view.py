@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from hostile import texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,19 +19,7 @@ from sae_lab.views.payload import check_view
 from sae_lab.views.prompt import METRICS, PromptView, PromptWidget, entries, packed, peaks
 from sae_lab.workbench.prompt import ablated, prompt, prompt_view, quantile, top_words
 
-HOSTILE = (
-    "</script>",
-    "<img src=x onerror=alert(1)>",
-    "\u202eabc",
-    "\ud83d",
-    "\r\n\t",
-    "\x00",
-    "",
-    " ",
-    "x" * 10_000,
-    '" onload="x',
-)
-texts = st.text(st.characters(), max_size=6) | st.sampled_from(HOSTILE)
+words = texts(6)
 numbers = st.floats(width=32)
 maybe = st.none() | numbers
 
@@ -44,21 +33,21 @@ def prompts(draw):
         return tuple(draw(st.lists(each, min_size=k, max_size=k)))
 
     return PromptView(
-        some(texts, n),
+        some(words, n),
         some(st.booleans(), n),
         some(maybe, n),
         some(st.integers(0, 10**6), m),
         some(st.integers(0, 9), m),
         some(maybe, m),
-        some(texts, m),
+        some(words, m),
         some(st.integers(0, n - 1), size),
         some(st.integers(0, max(m - 1, 0)), size),
         some(numbers, size),
         some(maybe, size),
         some(maybe, size),
         some(maybe, size),
-        draw(texts),
-        draw(texts),
+        draw(words),
+        draw(words),
     )
 
 
