@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OUT, SOURCE = ROOT / "_docs", ROOT / "_docs" / ".source"
 LAYERS = {"00_ground": "Ground", "01_coders": "Coders", "02_sources": "Sources", "03_splice": "Splice",
-          "04_training": "Training", "05_features": "Features", "06_measures": "Measures", "07_causal": "Cause", "09_views": "Views",
-          "10_lab": "Lab"}
+          "04_training": "Training", "05_features": "Features", "06_measures": "Measures", "07_causal": "Cause",
+          "09_views": "Views", "10_lab": "Lab"}
 OUTSIDE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)|<img[^>]*src=.https?:[^>]*>")  # pictures from a network: badges
 
 
