@@ -1,29 +1,19 @@
 "Training steps of other libraries beside ours, as table and picture. Writes peers.csv, .svg, .md."
-import argparse
-import csv
 import json
-import shutil
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-HERE = Path(__file__).resolve().parent
+from shared import commit, options, read_rows, write_rows, write_svg
+
 COLUMNS = ["case", "value", "unit", "bound", "ratio"]
 LIBRARIES = ("sae_lab", "saelens", "dictionary_learning", "sparsify")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up")
 
 
-def old(path: Path) -> list[dict]:
-    "Rows that are there."
-    if not path.is_file(): return []
-    with open(path, newline="", encoding="utf-8") as file: return list(csv.DictReader(file))
-
-
 def read(path: Path) -> list[dict]:
     "Rows of a run, with library, kind, variant and size apart."
     found = []
-    for row in old(path):
+    for row in read_rows(path, number=str):
         library, name, size = row["case"].split("/")
         kind, _, variant = name.partition("+")
         found.append({"library": library, "kind": kind, "variant": variant, "size": int(size),
@@ -35,16 +25,12 @@ def run(path: Path, reps: int, kinds: list[str]) -> None:
     "Measure here, kind by kind, and keep the rows and what they were measured on; other kinds stay as they are."
     from sae_lab.bench.frame import machine
     from sae_lab.bench.peers import OURS, left_out, rows
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    facts = {"machine": machine(), "left_out": left_out(), "reps": reps, "commit": head.stdout.strip()}
+    facts = {"machine": machine(), "left_out": left_out(), "reps": reps, "commit": commit()}
     path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     for kind in kinds or OURS:
         made = [{key: value for key, value in asdict(row).items() if key in COLUMNS} for row in rows(reps, (kind,))]
-        kept = [row for row in old(path) if row["case"].split("/")[1].split("+")[0] != kind]
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            table.writeheader()
-            table.writerows(kept + made)
+        kept = [row for row in read_rows(path, number=str) if row["case"].split("/")[1].split("+")[0] != kind]
+        write_rows(path, COLUMNS, kept + made)
         print(*(f"{row['case']} {row['ratio']:.2f}" for row in made), sep="\n", flush=True)
 
 
@@ -98,15 +84,6 @@ def picture(rows: list[dict]):
     return fig
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    "The figure as SVG; needs Chromium."
-    from sae_lab.views.figures import save_figures
-    with TemporaryDirectory() as folder:
-        saved = save_figures(picture(rows), Path(folder) / path.stem, width="page", images=("svg",))
-        if saved.left_out: raise SystemExit(f"No figure: {saved.left_out}")
-        shutil.copy(Path(folder) / path.name, path)
-
-
 PAGE = """# A training step, beside those of other libraries
 
 Every library takes its own public training step (`SAETrainer.step` of SAELens, `trainer.update` of dictionary_learning,
@@ -139,11 +116,9 @@ python docs/bench/peers.py --draw
 
 def main() -> None:
     "Measure, or draw and write what was measured."
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__)
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--kinds", nargs="*", default=[], help="of ours; none: all")
-    parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--draw", action="store_true", help="write table and picture of what is there, run nothing")
     args = parser.parse_args()
     path = args.out / "peers.csv"
     if not args.draw: return run(path, args.reps, args.kinds)
@@ -154,7 +129,7 @@ def main() -> None:
     text = PAGE.format(reps=facts["reps"], table=table(rows), verdict=said, commit=facts["commit"],
                        **{key: machine[key] for key in ("cpu", "cores", "torch")})
     (args.out / "peers.md").write_text(text, encoding="utf-8")
-    draw(rows, args.out / "peers.svg")
+    write_svg(picture(rows), args.out / "peers.svg", "page")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
 "Equal data, steps and L0: our kinds beside those of others. Writes quality.csv, .svg, .md; keeps rows that exist."
-import argparse
-import csv
 import importlib
 import io
-import shutil
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from shared import HERE, commit, options, read_rows, write_rows, write_svg
 
 from sae_lab.coders import formats
 from sae_lab.coders.contract import AbstractCoder, coders, make
@@ -24,7 +21,6 @@ from sae_lab.sources.stream import Stream, TensorSource
 from sae_lab.sources.subject import Subject
 from sae_lab.training.fit import train
 
-HERE = Path(__file__).resolve().parent
 HOOK, D_SAE, K, BATCH, STEPS, HELD, SCORED = "blocks.1.hook_resid_post", 1024, 32, 1024, 400, 16_384, 20_000
 WARM, DECAY, DEAD = 0.05, 0.2, 0.02  # shares of the run: rate up, rate down, silence that makes a latent dead
 SPANS = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the nested groups
@@ -195,10 +191,9 @@ def measured(coder: AbstractCoder, facts: dict, data: Data) -> dict:
     "A row of the table."
     found = measure(coder, data.subject, data.score, seed=0)
     fvu, ce = found["fvu"], found["ce_recovered_mean"]
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return facts | {"fvu": fvu.value, "fvu_low": fvu.low, "fvu_high": fvu.high, "ce": ce.value,
                     "ce_low": ce.low, "ce_high": ce.high, "l0": found["l0"].value, "dead": found["dead"].value,
-                    "commit": head.stdout.strip()}
+                    "commit": commit()}
 
 
 def priced(kind: str, library: str, data: Data, rate: float | None) -> float:
@@ -249,23 +244,18 @@ def contest(kind: str, library: str, data: Data, have: list[dict], keep: Callabl
 # ---- the table and the picture
 
 def read(path: Path) -> list[dict]:
-    "Rows that are there."
-    if not path.is_file(): return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{key: value if key in WORDS else float(value or 0) for key, value in line.items()}
-                for line in csv.DictReader(file)]
+    "Rows that are there; a run that was not chosen has no measures."
+    return read_rows(path, WORDS, lambda text: float(text or 0))
 
 
 def put(path: Path, row: dict) -> None:
-    "Add a row, or replace the one of the same kind, library, seed and rate; a run that was not chosen has no measures."
+    "Add a row, or replace the one of the same kind, library, seed and rate."
     same = lambda r: all(r[key] == row[key] for key in ("kind", "library", "seed", "rate"))
     rows = [r for r in read(path) if not same(r)] + [row]
     order = {(kind, library): i for i, (kind, library) in enumerate((k, x) for k in CONTENDERS for x in CONTENDERS[k])}
     rows.sort(key=lambda r: (order[r["kind"], r["library"]], r["seed"], r["rate"]))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows({key: value if key in WORDS else f"{value:.6g}" for key, value in r.items()} for r in rows)
+    told = ({key: value if key in WORDS else f"{value:.6g}" for key, value in r.items()} for r in rows)
+    write_rows(path, COLUMNS, told)
 
 
 def mean(numbers: list[float]) -> float:
@@ -333,15 +323,6 @@ def picture(lines: list[dict]):
     return fig
 
 
-def draw(lines: list[dict], path: Path) -> None:
-    "The figure as SVG; needs Chromium."
-    from sae_lab.views.figures import save_figures
-    with TemporaryDirectory() as folder:
-        saved = save_figures(picture(lines), Path(folder) / path.stem, width="page", images=("svg",))
-        if saved.left_out: raise SystemExit(f"No figure: {saved.left_out}")
-        shutil.copy(Path(folder) / path.name, path)
-
-
 PAGE = """# Quality at equal data, steps and L0
 
 Dictionaries of {d_sae:,} latents at `{hook}` of the bundled subject, {tokens:,} tokens of its fit part, harvested
@@ -378,13 +359,11 @@ python docs/bench/quality.py --draw
 
 def main() -> None:
     "Run what is missing, then write; draw on request."
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kinds", nargs="*", default=list(CONTENDERS))
     parser.add_argument("--libraries", nargs="*", default=["sae_lab", "saelens", "dictionary_learning"])
-    parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--cache", type=Path, default=HERE.parent.parent / "runs", help="where activations are kept")
-    parser.add_argument("--draw", action="store_true", help="draw what is there, run nothing")
     args = parser.parse_args()
     path = args.out / "quality.csv"
     if not args.draw:
@@ -400,7 +379,7 @@ def main() -> None:
     text = PAGE.format(d_sae=D_SAE, hook=HOOK, tokens=STEPS * BATCH, steps=STEPS, batch=BATCH, warm=WARM, decay=DECAY,
                        dead=DEAD, k=K, scored=SCORED, table=table(lines), verdict=said)
     (args.out / "quality.md").write_text(text, encoding="utf-8")
-    draw(lines, args.out / "quality.svg")
+    write_svg(picture(lines), args.out / "quality.svg", "page")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
 "Which share of known features does each trained recipe find? Writes recovery.csv, .svg, .md; keeps rows that exist."
-import argparse
-import csv
-import shutil
-import subprocess
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
+
+from shared import commit, options, read_rows, write_rows, write_svg
 
 from sae_lab.coders.contract import coders
 from sae_lab.ground.toy import sparse_mixture
 from sae_lab.measures.recovery import recovery_row, toy_coder
 from sae_lab.sources.stream import TensorSource
 from sae_lab.training.fit import train
-from sae_lab.views.figures import SERIES, save_figures
+from sae_lab.views.figures import SERIES
 
-HERE = Path(__file__).resolve().parent
 KINDS = ["topk", "batchtopk", "relu_l1"]  # the others are in nbs/tutorials/coders, on smaller toys
 FEATURES, WIDTH, LATENTS, TOKENS, BATCH, COSINE = 512, 64, 1024, 1_000_000, 512, 0.9
 CASES = [(active, frequencies) for frequencies in ("uniform", "zipf") for active in (4, 8, 16)]
@@ -30,27 +26,15 @@ def case(active: int, frequencies: str, seed: int, kinds: list[str]) -> list[dic
     made = {kind: toy_coder(kind, toy, LATENTS, seed) for kind in kinds}
     train(made, TensorSource(x, batch=BATCH, seed=seed), progress=False, seed=seed)
     made["random"] = coders["random"].meta["solve"](toy_coder("random", toy, LATENTS, seed), [x[:100_000]])
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    about = {"active": active, "frequencies": frequencies, "seed": seed, "commit": head.stdout.strip()}
+    about = {"active": active, "frequencies": frequencies, "seed": seed, "commit": commit()}
     return [{"coder": kind, **about, **recovery_row(coder, toy, seed)} for kind, coder in made.items()]
-
-
-def read(path: Path) -> list[dict]:
-    "Rows that are there."
-    if not path.is_file(): return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{key: value if key in WORDS else float(value) for key, value in line.items()}
-                for line in csv.DictReader(file)]
 
 
 def write(path: Path, rows: list[dict]) -> None:
     "The table, in order."
     order = {kind: i for i, kind in enumerate(coders.names())}
     rows = sorted(rows, key=lambda r: (r["frequencies"], r["active"], order.get(r["coder"], 99), r["seed"]))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows({**r, "active": int(r["active"]), "seed": int(r["seed"])} for r in rows)
+    write_rows(path, COLUMNS, ({**r, "active": int(r["active"]), "seed": int(r["seed"])} for r in rows))
 
 
 def mean(numbers: list[float]) -> float:
@@ -76,14 +60,6 @@ def picture(rows: list[dict]):
     fig.update_yaxes(range=[-0.03, 1.03])
     fig.update_yaxes(title_text="share of features recovered", col=1)
     return fig
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    "The figure as SVG; needs Chromium."
-    with TemporaryDirectory() as folder:
-        saved = save_figures(picture(rows), Path(folder) / path.stem, width="text", images=("svg",))
-        if saved.left_out: raise SystemExit(f"No figure: {saved.left_out}")
-        shutil.copy(Path(folder) / path.name, path)
 
 
 PAGE = """# Which share of known features is found
@@ -127,26 +103,24 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     "Run what is missing, then draw and write."
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--draw", action="store_true", help="draw what is there, run nothing")
     args = parser.parse_args()
     path = args.out / "recovery.csv"
     first = [(*CASES[0], seed) for seed in range(args.seeds)]
     todo = first + [(*each, seed) for seed in range(args.seeds) for each in CASES[1:]]
     for at in [] if args.draw else todo:
-        rows, begun = read(path), time.perf_counter()
+        rows, begun = read_rows(path, WORDS), time.perf_counter()
         have = {r["coder"] for r in rows if (r["active"], r["frequencies"], r["seed"]) == at}
         missing = [kind for kind in KINDS if kind not in have]
         if not missing: continue
         write(path, rows + [r for r in case(*at, missing) if r["coder"] not in have])
         print(f"{at}: {', '.join(missing)} in {time.perf_counter() - begun:.0f} s", flush=True)
-    rows = read(path)
+    rows = read_rows(path, WORDS)
     text = PAGE.format(features=FEATURES, width=WIDTH, latents=LATENTS, tokens=TOKENS, batch=BATCH, cosine=COSINE,
                        table=table(rows))
     (args.out / "recovery.md").write_text(text, encoding="utf-8")
-    draw(rows, args.out / "recovery.svg")
+    write_svg(picture(rows), args.out / "recovery.svg")
 
 
 if __name__ == "__main__":

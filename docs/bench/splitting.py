@@ -1,18 +1,15 @@
 "Children of a latent against the size of the dictionary, on the bundled subject: as found, with intervals."
-import argparse
-import shutil
-import subprocess
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
+from shared import commit, options, write_svg
 
 from sae_lab.features.splitting import Splitting, heirs, split
 from sae_lab.lab import Lab
-from sae_lab.views.figures import SERIES, save_figures
+from sae_lab.views.figures import SERIES
 
-HERE = Path(__file__).resolve().parent
 HOOK, SIZES, K, FIT, READ = "blocks.1.mlp.hook_post", (512, 4096, 16384), 32, 400_000, 200_000
 
 STATES = ("kept", "split", "absorbed", "novel", "rare")
@@ -127,21 +124,16 @@ def draw(made: Splitting, seconds: float, commit: str, out: Path) -> None:
                        children=markdown(table[["size", "into", "mean", "low", "high", "n"]]),
                        states=markdown(table[states]))
     (out / "splitting.md").write_text(page, encoding="utf-8")
-    with TemporaryDirectory() as folder:
-        saved = save_figures(picture(made), Path(folder) / "splitting", width="text", images=("svg",))
-        if saved.left_out: raise SystemExit(f"No figure: {saved.left_out}")
-        shutil.copy(Path(folder) / "splitting.svg", out / "splitting.svg")
+    write_svg(picture(made), out / "splitting.svg")
 
 
 def main() -> None:
     "Train what is missing, split, draw and write."
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser = options(__doc__, draw=False)
     parser.add_argument("--keep", type=Path, help="folder for the splitting itself")
     args = parser.parse_args()
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     with TemporaryDirectory() as folder:
-        draw(*found(args.keep or Path(folder) / "splitting"), head.stdout.strip(), args.out)
+        draw(*found(args.keep or Path(folder) / "splitting"), commit(), args.out)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,10 @@
 "Trade-offs that papers claim for binary coders, skip transcoders and Matryoshka coders, on the bundled subject."
-import argparse
-import csv
-import shutil
 import statistics
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
+from shared import commit, options, read_rows, write_rows, write_svg
 
 from sae_lab.coders.contract import AbstractCoder, coders, make
 from sae_lab.coders.matryoshka import prefix
@@ -19,9 +15,8 @@ from sae_lab.sources.corpus import Tokens, named
 from sae_lab.sources.stream import Stream, usable
 from sae_lab.sources.subject import Subject
 from sae_lab.training.fit import train
-from sae_lab.views.figures import SERIES, save_figures
+from sae_lab.views.figures import SERIES
 
-HERE = Path(__file__).resolve().parent
 RESID, READ, WRITE = "blocks.1.hook_resid_post", "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
 D_SAE, K, BATCH, FIT, SCORED, LABELLED, SEEDS = 1024, 16, 1024, 500_000, 20_000, 20_000, 3
 CASES = {  # name -> kind, hook read, hook written, arguments
@@ -36,6 +31,7 @@ MEASURED = ("fvu", "ce_recovered_zero", "l0", "dead", "dense_10")
 TOLD = ("concept_f1", "concept_f1_low", "concept_f1_high", "concept_f1_by_count", "general_f1", "latents")
 COLUMNS = ["coder", "seed", *(f"{m}{end}" for m in MEASURED for end in ("", "_low", "_high")),
            *TOLD, "commit"]
+WORDS = ("coder", "commit")  # the columns that are no numbers
 
 
 @dataclass(frozen=True)
@@ -104,22 +100,6 @@ def judged(coder: AbstractCoder, seed: int, subject: Subject, tokens: Tokens, co
     numbers = {f"{m}{end}": getattr(found[m], part) for m in MEASURED
                for end, part in (("", "value"), ("_low", "low"), ("_high", "high"))}
     return {key: round(value, 5) for key, value in {**numbers, **told(coder, subject, concepts, seed)}.items()}
-
-
-def read_rows(path: Path) -> list[dict]:
-    "Rows that are there."
-    if not path.is_file(): return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{key: value if key in ("coder", "commit") else float(value) for key, value in line.items()}
-                for line in csv.DictReader(file)]
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    "The table."
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows({**row, "seed": int(row["seed"])} for row in rows)
 
 
 def names(rows: list[dict]) -> list[str]:
@@ -221,33 +201,27 @@ def draw(rows: list[dict], out: Path) -> None:
     page = PAGE.format(d_sae=D_SAE, k=K, batch=BATCH, fit=FIT, seeds=seeds, scored=SCORED, labelled=LABELLED,
                        table=table(rows), **facts)
     (out / "tradeoffs.md").write_text(page, encoding="utf-8")
-    with TemporaryDirectory() as folder:
-        saved = save_figures(picture(rows), Path(folder) / "tradeoffs", width="text", images=("svg",))
-        if saved.left_out: raise SystemExit(f"No figure: {saved.left_out}")
-        shutil.copy(Path(folder) / "tradeoffs.svg", out / "tradeoffs.svg")
+    write_svg(picture(rows), out / "tradeoffs.svg")
 
 
 def main() -> None:
     "Run what is missing, then draw and write."
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--draw", action="store_true", help="draw what is there, run nothing")
     args = parser.parse_args()
     path, subject = args.out / "tradeoffs.csv", Subject.bundled()
     corpus = named("bundled")
     text = {part: corpus.split(part, seed=0).tokens(subject, n) for part, n in (("fit", FIT), ("score", SCORED))}
     concepts = labelled(subject)
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     for seed in [] if args.draw else range(args.seeds):
         for ways in (trained, blind):
-            rows = read_rows(path)
+            rows = read_rows(path, WORDS)
             have = {row["coder"] for row in rows if row["seed"] == seed}
             if have & ({"random directions"} if ways is blind else set(CASES)): continue
             rows += [{"coder": name, "seed": seed, **judged(coder, seed, subject, text["score"], concepts),
-                      "commit": head.stdout.strip()} for name, coder in ways(seed, subject, text["fit"]).items()]
-            write_rows(path, rows)
-    draw(read_rows(path), args.out)
+                      "commit": commit()} for name, coder in ways(seed, subject, text["fit"]).items()]
+            write_rows(path, COLUMNS, ({**row, "seed": int(row["seed"])} for row in rows))
+    draw(read_rows(path, WORDS), args.out)
 
 
 if __name__ == "__main__":

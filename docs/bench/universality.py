@@ -1,12 +1,9 @@
 "Do two seeds of a dictionary find the same latents? Best correlations on the bundled subject, beside controls."
-import argparse
-import csv
-import shutil
-import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from shared import commit, options, read_rows, write_rows, write_svg
 
 from sae_lab.coders.contract import AbstractCoder, coders, make
 from sae_lab.coders.transcoder import at
@@ -17,9 +14,8 @@ from sae_lab.sources.corpus import Tokens, named
 from sae_lab.sources.stream import Stream
 from sae_lab.sources.subject import Subject
 from sae_lab.training.fit import train
-from sae_lab.views.figures import SERIES, save_figures
+from sae_lab.views.figures import SERIES
 
-HERE = Path(__file__).resolve().parent
 HOOK, K, BATCH, FIT, READ, LEAST, LEVEL = "blocks.1.mlp.hook_post", 16, 1024, 400_000, 60_000, 30, 0.7
 SIZES = (512,)
 KINDS = ("topk",)
@@ -67,19 +63,6 @@ def lines(kind: str, size: int, found: Universality, both, fit: int, commit: str
                "share": round(float((found.best[name].dropna() > r).mean()), 5)}
               for name in found.best.columns[1:] for r in GRID]
     return rows, curves
-
-
-def write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
-    "A table."
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-
-
-def read_rows(path: Path) -> list[dict]:
-    "A table that is there."
-    with open(path, newline="", encoding="utf-8") as file: return list(csv.DictReader(file))
 
 
 def picture(curves: list[dict]):
@@ -138,35 +121,29 @@ python docs/bench/universality.py --fit {fit}
 
 def draw(out: Path) -> None:
     "Page and figure; the figure needs Chromium."
-    rows, curves = read_rows(out / "universality.csv"), read_rows(out / "universality_curves.csv")
+    rows, curves = (read_rows(out / f"{name}.csv", number=str) for name in ("universality", "universality_curves"))
     fit, read = (int(rows[0][name]) for name in ("fit", "tokens"))
     page = PAGE.format(k=K, hook=HOOK, fit=fit, read=read, least=LEAST, table=table(rows), first=KINDS[0],
                        most=max(SIZES))
     (out / "universality.md").write_text(page, encoding="utf-8")
-    with TemporaryDirectory() as folder:
-        saved = save_figures(picture(curves), Path(folder) / "universality", width="text", images=("svg",))
-        if saved.left_out: raise SystemExit(f"No figure: {saved.left_out}")
-        shutil.copy(Path(folder) / "universality.svg", out / "universality.svg")
+    write_svg(picture(curves), out / "universality.svg")
 
 
 def main() -> None:
     "Train, compare, write and draw."
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser = options(__doc__)
     parser.add_argument("--fit", type=int, default=FIT, help="tokens to train on")
-    parser.add_argument("--draw", action="store_true", help="draw what is there, run nothing")
     args = parser.parse_args()
     if args.draw: return draw(args.out)
     subject, corpus = Subject.bundled(), named("bundled")
     fit, text = (corpus.split(part, seed=0).tokens(subject, n) for part, n in (("fit", args.fit), ("explain", READ)))
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     one, other = (trained(seed, subject, fit) for seed in (0, 1))
     rows, curves = [], []
     for kind, size in one:
         with TemporaryDirectory() as folder:
             pair = one[kind, size], other[kind, size]
             found = compared(*pair, blind(size, subject, fit), subject, text, Path(folder))
-            more = lines(kind, size, found, shared(*pair), args.fit, head.stdout.strip())
+            more = lines(kind, size, found, shared(*pair), args.fit, commit())
         rows, curves = rows + more[0], curves + more[1]
         write_rows(args.out / "universality.csv", COLUMNS, rows)
         write_rows(args.out / "universality_curves.csv", ["kind", "d_sae", "against", "r", "share"], curves)
