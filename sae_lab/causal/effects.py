@@ -23,8 +23,9 @@ from ..ground.errors import InputError, ShapeError
 from ..ground.html import escape, number, table
 from ..ground.sums import Measure, bootstrap_mean
 from ..sources.subject import Subject
-from ..splice.edits import Edit, Hooks, Latents, Memory, compile, noop, where
-from ..splice.splice import placed
+from ..splice.edits import Edit, compile, noop, where
+from ..splice.splice import Hooks, placed
+from ..splice.targets import Latents, Memory
 
 # %% ../../nbs/07_causal/02_effects.ipynb #e9fa0c19
 def _nearest(log:Float[Tensor,"d_sae r"], latents:list[int], most:int)->list[Tensor]:
@@ -99,8 +100,8 @@ def ranked(mine:float,                          # an effect
     k, n = int((np.abs(others) >= abs(mine)).sum()), len(others)
     return Rank(k / n if n else float("nan"), (1 + k) / (1 + n), n)
 
-# %% ../../nbs/07_causal/02_effects.ipynb #00b90fca
-@dataclass(frozen=True, eq=False)
+# %% ../../nbs/07_causal/02_effects.ipynb #6c2ac03b
+@dataclass(frozen=True, eq=False, repr=False)
 class Effect:
     "What an intervention did to each prompt, and what its controls did."
     edits: tuple[str, ...]                        # what was done, in words
@@ -142,7 +143,7 @@ class Effect:
     @property
     def frame(self)->pd.DataFrame: return _frame(self)
     def to_dict(self)->dict[str, Any]: return _plain(self)
-    def __str__(self)->str: return _text(self)
+    def __repr__(self)->str: return _text(self)
     def _repr_html_(self)->str: return _html(self)
 
 # %% ../../nbs/07_causal/02_effects.ipynb #3eb4a377
@@ -179,13 +180,14 @@ def _rows(found:Effect)->list[dict[str, object]]:
                      "controls as large": f"{round(rank.share * rank.n)} of {rank.n}" if rank.n else "–"})
     return rows
 
-# %% ../../nbs/07_causal/02_effects.ipynb #9e509e8c
+# %% ../../nbs/07_causal/02_effects.ipynb #d4434820
 def _said(found:Effect)->str:
     "Error, no-op and controls in one line."
     many, other = len(next(iter(found.control.values()))), "random directions of equal norm"
     what = other if found.controls is None else "random latents of like density, equal norm"
+    alone = "no-op" if found.error == "kept" else "dropping the error, without any edit,"
     return (f"{found.n} prompts, {found.changed} tokens changed · error {found.error} · "
-            f"no-op changes logits by at most {number(found.noop)} · controls: {f'{many} {what}' if many else 'none'}")
+            f"{alone} changes logits by at most {number(found.noop)} · controls: {f'{many} {what}' if many else 'none'}")
 
 def _text(found:Effect)->str:
     lines = [str(found.measure(name)) + (f"; p = {found.rank(name).p:.3g} among controls" if found.rank(name).n else "")

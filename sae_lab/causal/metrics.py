@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ground.errors import InputError, NumericError, ShapeError
 from ..measures.downstream import divergence, surprise
 
-# %% ../../nbs/07_causal/01_metrics.ipynb #cd2de816
+# %% ../../nbs/07_causal/01_metrics.ipynb #95a8208d
 @dataclass(frozen=True, eq=False)
 class Metric:
     "A number for each prompt."
@@ -40,8 +40,9 @@ class Metric:
         return replace(self, facts={name: fact[rows] for name, fact in self.facts.items()})
 
     def against(self, clean:Float[Tensor,"batch pos d_vocab"])->"Metric":
-        "Compared with these logits; a metric that compares with nothing is itself."
-        return replace(self, facts={**self.facts, "clean": clean.detach()}) if self.relative else self
+        "Compared with these logits; a metric that has some, or compares with nothing, stays as it is."
+        if not self.relative or "clean" in self.facts: return self
+        return replace(self, facts={**self.facts, "clean": clean.detach()})
 
     def __repr__(self)->str: return f"Metric({self.name}, {self.unit})"
 

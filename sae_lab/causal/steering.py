@@ -32,8 +32,9 @@ from ..ground.sums import Totals, bootstrap_mean
 from ..measures.downstream import divergence, scored, surprise
 from ..sources.corpus import Tokens
 from ..sources.subject import Subject
-from ..splice.edits import Edit, Hooks, Latents, Memory, Target, compile, noop, text_of
-from ..splice.splice import placed, ports
+from ..splice.edits import Edit, compile, noop, text_of
+from ..splice.splice import Hooks, placed, ports
+from ..splice.targets import Latents, Memory, Target
 
 # %% ../../nbs/07_causal/07_steering.ipynb #402f7930
 SHARES = (0.5, 0.9, 0.99)

@@ -233,14 +233,15 @@ class ConceptScores:
     def __repr__(self) -> str: return f"ConceptScores({len(self.fires)} latents, {self.concepts!r})"
     def _repr_html_(self) -> str: return table([summary(self)], caption=repr(self))
 
-# %% ../../nbs/05_features/08_concepts.ipynb #d8769518
+# %% ../../nbs/05_features/08_concepts.ipynb #22b01fc8
 def _with_null(frame: pd.DataFrame, scores: ConceptScores, nulls: Mapping[str, np.ndarray]) -> pd.DataFrame:
     "Add to each score what chance reaches: `nulls` [shifts, rows] by score."
     for name, found in nulls.items():
-        usual = np.where(np.isfinite(found), found, 0.0)  # no pair had the evidence to be ranked
-        frame[f"{name}_null"] = np.quantile(usual, 0.95, axis=0) if len(found) else np.nan
-        reached = (found >= frame[name].to_numpy()).sum(0)
-        frame[f"{name}_p"] = (1 + reached) / (1 + len(found)) if len(found) else np.nan
+        ranked = np.isfinite(found)  # False: in that shift no pair had the evidence
+        reached = np.where(ranked.any(0), np.where(ranked, found, 0.0), np.nan)
+        frame[f"{name}_null"] = np.quantile(reached, 0.95, axis=0) if len(found) else np.nan
+        above = (found >= frame[name].to_numpy()).sum(0)
+        frame[f"{name}_p"] = (1 + above) / (1 + len(found)) if len(found) else np.nan
     return frame.assign(precision_null=frame["size"] / scores.n, recall_null=frame["fires"] / scores.n)
 
 

@@ -1,12 +1,12 @@
 // Every latent of a dictionary in one table. Only the rows in sight exist; sorting and filtering never leave the browser.
 const ROW = 26, TALLEST = 8e6, BLOCKS = " ▁▂▃▄▅▆▇█";
-const WIDE = { shape: [84, 0], tokens: [180, 3], text: [64, 1], number: [70, 1] };  // least pixels, share of what is left
+const WIDE = { shape: [80, 0], tokens: [132, 3], text: [54, 1], number: [58, 1] };  // least pixels, share of what is left
 
 /** What the kernel sent, as columns with `value(i)` and, for words, `folded(i)`. */
 function read(model) {
   const latents = typed(model.get("latents"), Int32Array), numbers = typed(model.get("numbers"), Float32Array);
   const words = parsed(model.get("words"), []), n = latents.length;
-  const own = { name: "latent", kind: "number", note: "number of the latent", bar: "", numeric: true, value: (i) => latents[i] };
+  const own = { name: "latent", kind: "number", note: "number of the latent", bar: "", unit: "", numeric: true, value: (i) => latents[i] };
   const columns = model.get("columns").map((facts) => {
     if (facts.kind === "number") {
       const part = numbers.subarray(facts.at * n, (facts.at + 1) * n);
@@ -21,25 +21,25 @@ function read(model) {
 const fold = (text) => (text ?? "").toLowerCase().replaceAll("\u241f", " ");
 
 const NUMBER = String.raw`[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?`, UNITS = { "%": 0.01, k: 1e3, m: 1e6, g: 1e9 };
-const parse = (text, unit) => Number(text) * (UNITS[(unit ?? "").toLowerCase()] ?? 1);
+const parse = (text, unit) => Number(text) * (UNITS[unit] ?? 1);
 
 /** The largest of a column whose decimals are to be aligned; 0 for counts and for what runs over many powers of ten. */
 const spread = (facts, part) => (facts.bar === "log" || part.every((x) => Number.isNaN(x) || Number.isInteger(x)) ? 0 : largest(part));
 
-/** A test of one value from what a person wrote for a column of numbers; throws a sentence. */
-function numberTest(text) {
+/** A test of one value from what a person wrote for a column of numbers, in the unit it is shown in; throws a sentence. */
+function numberTest(text, unit) {
   const clean = text.trim().toLowerCase();
   if (clean === "none") return (x) => Number.isNaN(x);
   if (clean === "known") return (x) => !Number.isNaN(x);
-  const range = clean.match(new RegExp(`^(${NUMBER})([%kmg]?)\\s*(?:\\.\\.|to)\\s*(${NUMBER})([%kmg]?)$`));
-  if (range) { const low = parse(range[1], range[2]), high = parse(range[3], range[4]); return (x) => x >= low && x <= high; }
-  const one = new RegExp(`(<=|>=|!=|<|>|=|≤|≥)?\\s*(${NUMBER})([%kmg]?)`, "y"), tests = [];
+  const range = clean.match(new RegExp(`^(${NUMBER})\\s*([%kmg]?)\\s*(?:\\.\\.|to)\\s*(${NUMBER})\\s*([%kmg]?)$`));
+  if (range) { const low = parse(range[1], range[2] || unit), high = parse(range[3], range[4] || unit); return (x) => x >= low && x <= high; }
+  const one = new RegExp(`(<=|>=|!=|<|>|=|≤|≥)?\\s*(${NUMBER})\\s*([%kmg]?)`, "y"), tests = [];
   let at = 0;
   while (at < clean.length) {
     one.lastIndex = at;
     const hit = one.exec(clean);
     if (!hit) throw new Error(`“${text}” is no range: write > 0.01, 0.1..0.5, >= 3 < 10, none or known`);
-    tests.push(compare(hit[1] ?? "=", parse(hit[2], hit[3])));
+    tests.push(compare(hit[1] ?? "=", parse(hit[2], hit[3] || unit)));
     at = one.lastIndex + clean.slice(one.lastIndex).match(/^[\s,&]*/)[0].length;
   }
   return (x) => tests.every((test) => test(x));
@@ -74,7 +74,7 @@ function chosen(table, filters, search, only) {
     const text = (filters[column.name] ?? "").trim();
     if (!text) continue;
     try {
-      const test = column.numeric ? numberTest(text) : wordTest(text);
+      const test = column.numeric ? numberTest(text, column.unit) : wordTest(text);
       tests.push(column.numeric ? (i) => test(column.value(i)) : (i) => test(column.value(i), column.folded(i)));
     } catch (error) { wrong[column.name] = error.message; }
   }
@@ -112,6 +112,12 @@ function length(column, x) {
   return 0.04 + 0.96 * Math.max(0, Math.min(1, share));
 }
 
+/** A number as a person reads it. */
+function told(column, x) {
+  const scale = column.unit === "%" ? 100 : 1;  // the unit stands in the head
+  return level(scale * x, scale * column.most);
+}
+
 /** The outline of a histogram from its sparkline. */
 function path(cell, width = 68, height = 16) {
   const step = width / (cell.length || 1);
@@ -133,10 +139,10 @@ function cellOf(column) {
   const text = document.createTextNode("");
   el.append(text);
   if (!column.numeric || column.name === "latent") return [el, (i) => { text.data = column.value(i) ?? ""; }];
-  if (!column.bar) return [el, (i) => { text.data = level(column.value(i), column.most); }];
+  if (!column.bar) return [el, (i) => { text.data = told(column, column.value(i)); }];
   return [el, (i) => {
     const x = column.value(i);
-    text.data = level(x, column.most);
+    text.data = told(column, x);
     el.style.backgroundSize = `${(100 * length(column, x)).toFixed(0)}% 18px`;
   }];
 }
@@ -156,9 +162,9 @@ function framesIn(el, column) {
 
 /** Widths of the columns in pixels: the least of each, and a share of what is left. */
 function widths(columns, room) {
-  const wide = columns.slice(1).map((c) => WIDE[c.kind]), least = 94 + wide.reduce((sum, [px]) => sum + px, 0);
+  const wide = columns.slice(1).map((c) => WIDE[c.kind]), least = 86 + wide.reduce((sum, [px]) => sum + px, 0);
   const parts = wide.reduce((sum, [, part]) => sum + part, 0), left = Math.max(0, room - least);
-  return [30, 64, ...wide.map(([px, part]) => Math.floor(px + (parts ? (left * part) / parts : 0)))];
+  return [28, 58, ...wide.map(([px, part]) => Math.floor(px + (parts ? (left * part) / parts : 0)))];
 }
 
 function render({ model, el }) {
@@ -199,7 +205,7 @@ function render({ model, el }) {
   }
 
   function headOf(column) {
-    const button = make("button", { type: "button", textContent: column.name, title: column.note });
+    const button = make("button", { type: "button", textContent: column.unit ? `${column.name}, ${column.unit}` : column.name, title: column.note });
     button.onclick = (event) => sortBy(column, event.shiftKey);
     const cell = make("div", { className: `sl-b-${column.kind}`, role: "columnheader" }, button);
     heads[column.name] = cell;
@@ -207,7 +213,7 @@ function render({ model, el }) {
   }
 
   function filterOf(column) {
-    const about = column.numeric ? "> 0.01, 0.1..0.5, none" : "part, =whole, /regex/, !not";
+    const about = column.numeric ? `> 0.01, 0.1..0.5, none${column.unit && `; in ${column.unit}`}` : "part, =whole, /regex/, !not";
     const input = make("input", { type: "text", placeholder: "filter", title: about, ariaLabel: `filter ${column.name}: ${about}` });
     input.spellcheck = false;
     input.oninput = () => { set(model, "filters", { ...model.get("filters"), [column.name]: input.value }); };

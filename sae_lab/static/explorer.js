@@ -2,7 +2,7 @@
 const HUES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800"], GREY = "#8c8c8c";
 const KINDS = [["cosine", "cosine"], ["correlation", "correlation"], ["given", "P(parent|child)"]];
 const COLUMNS = ["level", "parent", "child", "cosine", "correlation", "given", "reverse", "n_child", "p", "q", "shown", "strength"];
-const ROW = 19, MOST = 28, TOP = 40;
+const ROW = 19, MOST = 28, TOP = 40, GAP = 22;
 const TREE = "A line joins a parent and a child: the thicker, the larger the mean of cosine, correlation and P(parent|child); dashed grey: another parent or child.";
 const clip = (v) => (Number.isFinite(v) ? Math.min(Math.max(v, 0), 1) : 0);
 const hue = (branch) => (branch === -2 ? GREY : branch < 0 ? "currentColor" : HUES[branch % HUES.length]);
@@ -15,14 +15,8 @@ function draw(tag, facts = {}, ...children) {
   return el;
 }
 
-/** A number in few characters, as Python's `number` writes it. */
-function short(x, digits = 2) {
-  if (x === null || Number.isNaN(x)) return "?";
-  if (!Number.isFinite(x)) return x > 0 ? "∞" : "-∞";
-  if (x === 0) return "0";
-  if (Math.abs(x) < 1e-3) return x.toExponential(digits - 1).replace("e-0", "e-");
-  return Number.isInteger(x) || Math.abs(x) >= 100 ? Math.round(x).toLocaleString("en") : String(Number(x.toPrecision(digits)));
-}
+/** Evidence in two digits. */
+const few = (x) => (x === null || Number.isNaN(x) ? "?" : short(x, 2));
 
 /** Wilson's 95 % interval of a share of n. */
 function wilson(share, n) {
@@ -39,8 +33,7 @@ function ribbon([x, a, b], [to, c, d]) {
 
 /** What the kernel sent, as typed arrays and lists; latents are numbered through all dictionaries. */
 function readLadder(model) {
-  const bytes = (name) => { const v = model.get(name); return v.buffer.slice(v.byteOffset, v.byteOffset + v.byteLength); };
-  const sizes = model.get("sizes"), names = model.get("names"), flat = new Float32Array(bytes("edges"));
+  const sizes = model.get("sizes"), names = model.get("names"), flat = typed(model.get("edges"), Float32Array);
   const n = flat.length / COLUMNS.length, edges = { n };
   COLUMNS.forEach((name, i) => { edges[name] = flat.subarray(i * n, (i + 1) * n); });
   const first = [0];
@@ -50,7 +43,7 @@ function readLadder(model) {
     from[i] = first[edges.level[i]] + edges.parent[i];
     to[i] = first[edges.level[i] + 1] + edges.child[i];
   }
-  const texts = new TextDecoder().decode(bytes("texts")).split("\n");
+  const texts = new TextDecoder().decode(model.get("texts")).split("\n");
   const levelOf = (id) => { let l = 0; while (id >= first[l + 1]) l++; return l; };
   const kin = (own) => {  // edges of each latent, in the order sent: strongest first
     const start = new Int32Array(total + 1), list = new Int32Array(n);
@@ -62,7 +55,7 @@ function readLadder(model) {
   };
   const text = (id) => { const [label, tokens, state] = texts[id].split("\t"); return { label, tokens, state }; };
   return { sizes, names, edges, first, total, from, to, texts, text, levelOf, down: kin(from), up: kin(to),
-    rank: new Int32Array(bytes("ranks")), density: new Float32Array(bytes("density")), attached: model.get("attached"),
+    rank: typed(model.get("ranks"), Int32Array), density: typed(model.get("density"), Float32Array), attached: model.get("attached"),
     nulls: model.get("nulls") };
 }
 
@@ -285,8 +278,8 @@ function bullet(data, e, kind, title) {
     svg.append(draw("circle", { cx: W * clip(value), cy: 8, r: 3.8, fill: "currentColor" }));
   }
   const beyond = !none || !Number.isFinite(value) ? "" : value > none.max ? "beyond every draw of the null" : value > none.q99 ? "beyond 99 % of the null" : "as the null gives";
-  const said = none ? `${title} ${short(value)}: ${beyond} (${none.null}; ${none.draws.toLocaleString("en")} draws, 99 % below ${short(none.q99)}, largest ${short(none.max)})` : `${title} ${short(value)}`;
-  return make("div", { className: "sl-ex-bullet", title: said }, make("span", { textContent: title }), svg, make("b", { textContent: short(value) }));
+  const said = none ? `${title} ${few(value)}: ${beyond} (${none.null}; ${none.draws.toLocaleString("en")} draws, 99 % below ${few(none.q99)}, largest ${few(none.max)})` : `${title} ${few(value)}`;
+  return make("div", { className: "sl-ex-bullet", title: said }, make("span", { textContent: title }), svg, make("b", { textContent: few(value) }));
 }
 
 function render({ model, el }) {
@@ -337,7 +330,7 @@ function render({ model, el }) {
   const heads = make("div", { className: "sl-ex-heads" }), feet = make("div", { className: "sl-ex-heads sl-quiet" });
   data.names.forEach((name, l) => {
     heads.append(make("span", { textContent: name, title: `${name}: ${data.sizes[l].toLocaleString("en")} latents` }));
-    feet.append(make("span", { textContent: l ? `${Math.round(100 * (1 - data.attached[l] / Math.max(data.sizes[l], 1)))}% new` : data.sizes[l].toLocaleString("en"),
+    feet.append(make("span", { textContent: l ? `${percent(1 - data.attached[l] / Math.max(data.sizes[l], 1), 2)} new` : data.sizes[l].toLocaleString("en"),
       title: l ? `${(data.sizes[l] - data.attached[l]).toLocaleString("en")} latents without a shown parent` : "latents" }));
   });
   const chart = make("div", { className: "sl-ex-chart" });
@@ -401,7 +394,7 @@ function render({ model, el }) {
         const box = make("div", { className: "sl-ex-edge" });
         if (e >= 0) {
           box.append(...KINDS.map(([kind, name]) => bullet(data, e, kind, name)),
-            make("small", { className: "sl-quiet", textContent: `P(child|parent) ${short(edges.reverse[e])} · n ${counts[e].toLocaleString("en")} · q ${short(edges.q[e])}` }));
+            make("small", { className: "sl-quiet", textContent: `P(child|parent) ${few(edges.reverse[e])} · n ${counts[e].toLocaleString("en")} · q ${few(edges.q[e])}` }));
         } else box.append(make("small", { className: "sl-quiet", textContent: "no shown edge" }));
         strip.append(box);
       }
@@ -410,7 +403,7 @@ function render({ model, el }) {
         const { label, tokens, state } = data.text(each), [up, down] = kinOf(each), density = data.density[each];
         card.append(make("span", { className: "sl-quiet", textContent: `${data.names[l]} · latent ` }), make("b", { textContent: latentOf(each) }),
           make("div", { className: "sl-ex-name", textContent: label || tokens || "no label" }),
-          make("small", { className: "sl-quiet", textContent: [label && tokens, density >= 0 ? `density ${short(density)}` : "", l ? many(up, "parent", "parents") : "",
+          make("small", { className: "sl-quiet", textContent: [label && tokens, density >= 0 ? `density ${percent(density, 2)}` : "", l ? many(up, "parent", "parents") : "",
             l + 1 < data.sizes.length ? many(down, "child", "children") : "", state === "first" ? "" : state].filter(Boolean).join(" · ") }));
         card.classList.toggle("sl-ex-now", each === i);
         card.setAttribute("aria-label", `latent ${called(each)}`);
@@ -448,9 +441,9 @@ function render({ model, el }) {
 
   // the family
   function lay() {
-    const levels = data.sizes.length, narrow = width < 640, wide = narrow ? 40 : Math.min(84, 62 + Math.max(0, (width - 800) / 16));
+    const levels = data.sizes.length, narrow = width < 640, gap = narrow ? 14 : GAP, wide = narrow ? 40 : Math.min(84, 62 + Math.max(0, (width - 800) / 16));
     const names = narrow ? 96 : Math.min(200, 150 + Math.max(0, (width - 800) / 8)), room = Math.max(width, 300 + 100 * (levels - 1));
-    const end = room - 3 * (wide + 14) - names, xs = data.sizes.map((_, l) => 8 + (end - 8) * l / Math.max(levels - 1, 1));
+    const end = room - 3 * (wide + gap) - names, xs = data.sizes.map((_, l) => 8 + (end - 8) * l / Math.max(levels - 1, 1));
     const ys = new Map([...fam.members.values()].map((m) => [m.id, TOP + ROW * m.row])), tall = new Map();
     for (const m of fam.members.values()) {
       const own = [...m.kids, ...(m.id === fam.focus ? fam.up.get(m.id) ?? [] : [])];
@@ -464,7 +457,7 @@ function render({ model, el }) {
     }
     const height = TOP + ROW * (Math.max(...[...fam.members.values()].map((m) => m.row)) + 1.2) + 34;
     return { xs, ys, tall, wide, names, room, height, step: levels > 1 ? xs[1] - xs[0] : names,
-      facets: [0, 1, 2].map((i) => room - (3 - i) * (wide + 14)) };
+      facets: [0, 1, 2].map((i) => room - (3 - i) * (wide + gap)) };
   }
   function outer() {  // edges with a row of their own, as in the printed picture
     const down = fam.edges.filter((e) => fam.tree.get(e)?.down), inner = new Set(down.map((e) => data.from[e]));

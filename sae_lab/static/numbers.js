@@ -14,6 +14,9 @@ function short(x, digits = 3) {
 }
 const trimmed = (text) => (text.includes(".") && !text.includes("e") ? text.replace(/0+$/, "").replace(/\.$/, "") : text);
 
+/** A share in percent, as `ground.html.percent` writes it. */
+const percent = (x, digits = 3) => (x === null || x === undefined || Number.isNaN(x) ? "–" : `${short(100 * x, digits)} %`);
+
 /** A number with the decimals of its column, whose largest is `most`. */
 function level(x, most, digits = 3) {
   if (x === null || x === undefined || !Number.isFinite(x) || !(most >= 0.01 && most < 1000)) return short(x, digits);

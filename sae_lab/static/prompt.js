@@ -72,7 +72,7 @@ function render({ model, el }) {
     about.textContent = `${facts.note}. Colour: ${ABOUT[metric]}; the deepest shade is ${short(full)}${metric === "effect" || metric === "total" ? "; a dot: it fires, its effect was not computed" : ""}. Quantiles that rest on fewer than ${FEW} activations are in italics.`;
     for (const input of radios) input.checked = input.value === metric;
     slider.value = Math.log10(get("most"));
-    sliderSays.textContent = get("most") >= 1 ? "any" : short(get("most"), 2);
+    sliderSays.textContent = get("most") >= 1 ? "any" : percent(get("most"), 2);
     begin.checked = get("begin");
     begin.parentElement.hidden = !facts.special.some((x) => x);
     box.hidden = !get("can").includes("read");
@@ -247,7 +247,7 @@ function render({ model, el }) {
     tr.lastChild.classList.toggle("sl-p-few", facts.counts[e.which] < FEW);
     coloured(e.effect, "effect", Number.isNaN(e.effect) ? "–" : signed(e.effect, tops.loss));
     coloured(e.total, "total", Number.isNaN(e.total) ? "–" : signed(e.total, tops.loss));
-    put(short(facts.density[e.which], 2));
+    put(percent(facts.density[e.which], 2));
     tr.setAttribute("aria-selected", e.which === chosen());
     tr.onclick = () => choose(e.which);
     tr.onkeydown = (event) => {

@@ -6,12 +6,12 @@
 __all__ = ['RARE', 'DENSE', 'STATES', 'NAMES', 'SIDE', 'MAIN', 'BELOW', 'LatentCard', 'tiles', 'facts', 'head_html', 'sections',
            'section_html', 'examples_html', 'charts', 'card_html', 'latent_card']
 
-# %% ../../nbs/09_views/05_card.ipynb #fd0513da
+# %% ../../nbs/09_views/05_card.ipynb #9b6bd881
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..ground.html import SANS, escape, number
+from ..ground.html import SANS, escape, number, percent
 from .card_parts import (
     COLUMNS, Explanation, Group, Ranking, Row, Window, evidence, group_html, page_groups, ranking_html, shown)
 from .histograms import HistogramChart, activation_histogram
@@ -60,9 +60,9 @@ class LatentCard(AbstractPayload):
 RARE = 30     # activations below which a card warns that it rests on little evidence
 DENSE = 0.1   # share of tokens above which a latent is called dense
 
-# %% ../../nbs/09_views/05_card.ipynb #acda1e29
+# %% ../../nbs/09_views/05_card.ipynb #a15585cd
 STATES = {"dead": "dead: it never fired", "rare": f"rare: fewer than {RARE} activations, little evidence",
-          "dense": f"dense: it fires on more than {DENSE:.0%} of tokens", "": ""}
+          "dense": f"dense: it fires on more than {percent(DENSE)} of tokens", "": ""}
 NAMES = {"mean": "mean", "max": "max", "norm": "decoder norm", "encoder": "encoder norm", "bias": "encoder bias",
          "cosine": "enc–dec cosine"}
 
@@ -75,7 +75,7 @@ def tiles(card: LatentCard,                   # a card
     density, low, high = (get(key) for key in ("density", "density_low", "density_high"))
     if density:
         sure = f"{number(100 * low)} to {number(100 * high)}" if low is not None and high is not None else ""
-        made.append(("density", f"{number(100 * density)} %", sure))
+        made.append(("density", percent(density), sure))
     known = [key for key in NAMES if get(key) is not None and (count or key not in ("mean", "max"))]
     return made + [(NAMES[key], number(get(key)), "") for key in known]
 
@@ -220,7 +220,7 @@ def latent_card(page: Any,                          # a page of a feature index
     groups = page_groups(page, top, per_band, near_misses, per_interval)
     return LatentCard(int(page.latent), stats | (facts or {}), tokens, where, histogram, logits, groups, **more)
 
-# %% ../../nbs/09_views/05_card.ipynb #5c3e8a25
+# %% ../../nbs/09_views/05_card.ipynb #625d41a8
 def _example() -> LatentCard:
     "A card as the docs and the contract tests show it."
     words = " the small fox saw a crow and said nothing . the fox".split()
@@ -237,8 +237,8 @@ def _example() -> LatentCard:
                       LogitTable((" fox", " tail"), (2.1, 1.2), (" the",), (-0.9,)),
                       (Group("strongest", "3 of 905, a biased sample", tuple(made[:3]), "top"),
                        Group("by rank of activation", "uniform samples of bands of equal count", (), "rank"),
-                       Group("50 to 100 %", "0.9 – 4, n = 452 (50%)", tuple(made[3:]), "rank"),
+                       Group("50 to 100 %", "0.9 – 4, n = 452 (50 %)", tuple(made[3:]), "rank"),
                        Group("by value of activation", "uniform samples of bands of equal width", (), "value"),
-                       Group("4/5 to 5/5 of max", "3.2 – 4, n = 3 (0.3%)", tuple(made[:1]), "value")),
+                       Group("4/5 to 5/5 of max", "3.2 – 4, n = 3 (0.33 %)", tuple(made[:1]), "value")),
                       explanation=Explanation("the word “fox”", "token rules", 0.83, 0.79, 0.87, "detection", 100),
                       rankings=(near, f1))

@@ -7,13 +7,13 @@ __all__ = ['SOLID', 'LIGHT', 'COLD', 'COLUMNS', 'CUT', 'Explanation', 'evidence'
            'bar_style', 'ranking_html', 'Window', 'Group', 'window', 'shown', 'live_tokens', 'window_html',
            'group_html', 'band_group', 'rank_groups', 'value_groups', 'page_groups']
 
-# %% ../../nbs/09_views/045_card_parts.ipynb #19f992ae
+# %% ../../nbs/09_views/045_card_parts.ipynb #7a58b457
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..ground.html import SANS, escape, number
+from ..ground.html import SANS, escape, number, percent
 from .payload import Number, caption, token_text
 from .tokens import shade, token_html
 
@@ -219,7 +219,7 @@ def group_html(group: Group,   # a group with windows
                 for i, (each, cells) in enumerate(zip(group.windows, made))]
     return head + "".join(made)
 
-# %% ../../nbs/09_views/045_card_parts.ipynb #3ea4088a
+# %% ../../nbs/09_views/045_card_parts.ipynb #25f5644e
 def band_group(band: Any,          # anything with low, high, count, examples
                name: str,          # how it was cut
                total: int,         # activations in all
@@ -228,8 +228,7 @@ def band_group(band: Any,          # anything with low, high, count, examples
                ) -> Group:         # with its range, count and share
     "One band, honestly named."
     count = int(getattr(band, "count", 0))
-    share = 100 * count / max(total, 1)
-    whole = f"{share:.0f}%" if share >= 1 or not count else f"{number(share, 1)}%"
+    whole = percent(count / max(total, 1), 2)
     note = f"{number(band.low, 2)} – {number(band.high, 2)}, n = {count:,} ({whole})"
     chosen = sorted(map(window, list(band.examples)[:keep]), key=lambda each: -abs(shown(each)))
     return Group(name, note, tuple(chosen), family)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['live_chart', 'live_html', 'placed', 'CardWidget']
 
-# %% ../../nbs/09_views/21_card_widget.ipynb #ea65d980
+# %% ../../nbs/09_views/21_card_widget.ipynb #ea341dd0
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from .card_parts import Window
 from .histograms import HistogramChart
 from .payload import views
 from .svg import Frame
-from .widget import AbstractWidget, static, widgets
+from .widget import AbstractWidget, front, widgets
 
 # %% ../../nbs/09_views/21_card_widget.ipynb #2f69945e
 def live_chart(chart: HistogramChart,  # a histogram
@@ -60,12 +60,11 @@ def placed(card: LatentCard,  # a card
     raise InputError(f"window {window} of group {group}", "a window of the card that is shown",
                      "look at the card's groups")
 
-# %% ../../nbs/09_views/21_card_widget.ipynb #a4e29bab
+# %% ../../nbs/09_views/21_card_widget.ipynb #74c59c4e
 @widgets.add("card", idea="all about one latent, and what it does at a token", example=lambda: _example())
 class CardWidget(AbstractWidget[LatentCard]):
     "The card of a latent, alive."
-    _esm = static("base.js", "card.js")
-    _css = static("base.css", "card.css")
+    _esm, _css = front("card")
     latent = traitlets.Int().tag(sync=True)                   # whose card is shown
     size = traitlets.Int().tag(sync=True)                     # latents of the dictionary; 0: no other can be opened
     pinned = traitlets.List(traitlets.Int()).tag(sync=True)   # latents put aside

@@ -6,7 +6,7 @@
 __all__ = ['ELEMENTS', 'Views', 'AttentionView', 'strongest', 'resting', 'NeuronsView', 'peaks', 'bundle', 'numbers', 'inert',
            'props', 'rounded', 'legend_of', 'circuits_page', 'CircuitsWidget']
 
-# %% ../../nbs/09_views/26_circuitsvis.ipynb #ae89477d
+# %% ../../nbs/09_views/26_circuitsvis.ipynb #849549c3
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ from ..ground.errors import InputError, Unavailable
 from ..ground.html import escape, number
 from .payload import AbstractPayload, Number, caption, page, token_text, views
 from .tokens import legend, token_html
-from .widget import AbstractWidget, static, widgets
+from .widget import AbstractWidget, front, static, widgets
 
 # %% ../../nbs/09_views/26_circuitsvis.ipynb #67863ce8
 @views.add("attention", idea="patterns of attention heads over a text", example=lambda: _attention_example())
@@ -274,13 +274,12 @@ def circuits_page(shown: Iterable[Views],  # in this order
             f"<script>{script}</script><script>{draw}</script></body>")
     return page([], title).replace("</body>", body, 1)
 
-# %% ../../nbs/09_views/26_circuitsvis.ipynb #b0f11c2d
+# %% ../../nbs/09_views/26_circuitsvis.ipynb #b3cc1100
 @widgets.add("circuitsvis", idea="attention heads or neurons by CircuitsVis",
              example=lambda: CircuitsWidget(_attention_example()))
 class CircuitsWidget(AbstractWidget[Views]):
     "Attention heads or neurons, drawn by CircuitsVis."
-    _esm = static("base.js", "circuitsvis.js")
-    _css = static("base.css", "circuitsvis.css")
+    _esm, _css = front("circuitsvis")
     element = traitlets.Unicode().tag(sync=True)   # component of CircuitsVis
     title = traitlets.Unicode().tag(sync=True)     # what is shown
     legend = traitlets.Unicode().tag(sync=True)    # what the colours mean

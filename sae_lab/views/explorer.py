@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SENT', 'packed', 'ExplorerWidget', 'path_of', 'follow_path', 'explorer_example']
 
-# %% ../../nbs/09_views/246_explorer.ipynb #9141d360
+# %% ../../nbs/09_views/246_explorer.ipynb #63592ea1
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..ground.html import visible
 from .family import COLUMNS, Ladder, example_splitting, ladder, main_parents, ranks
 from .payload import Number, plain
 from .splitting import HOW, SplittingView, growth, splitting_view, summary
-from .widget import AbstractWidget, static, widgets
+from .widget import AbstractWidget, front, widgets
 
 # %% ../../nbs/09_views/246_explorer.ipynb #48f77baf
 SENT = (*COLUMNS, "strength")  # columns of an edge, in the order in which they travel
@@ -36,12 +36,11 @@ def packed(made: Ladder,  # from `views.family.ladder`
             "attached": [int((main >= 0).sum()) for main in main_parents(made)], "tried": len(order), "fdr": made.fdr,
             "q": made.fdr}
 
-# %% ../../nbs/09_views/246_explorer.ipynb #37709f4e
+# %% ../../nbs/09_views/246_explorer.ipynb #10277aa4
 @widgets.add("explorer", idea="feature splitting across dictionaries", example=lambda: explorer_example())
 class ExplorerWidget(AbstractWidget):
     "A ladder of dictionaries to walk on; `level` and `latent` are the focus, `path` a latent a dictionary."
-    _esm = static("base.js", "explorer.js")
-    _css = static("base.css", "explorer.css")
+    _esm, _css = front("numbers", "explorer")
     names, attached, nulls = (traitlets.List(traitlets.Any()).tag(sync=True) for _ in range(3))
     sizes: traitlets.List[int] = traitlets.List().tag(sync=True)
     path: traitlets.List[int] = traitlets.List().tag(sync=True)

@@ -62,7 +62,7 @@ class ConceptTable(AbstractPayload):
     def rows(self) -> list[dict]: # one an entry
         return [{key: getattr(each, key) for key in Overlap.__dataclass_fields__} for each in self.entries]
 
-# %% ../../nbs/09_views/09_labels.ipynb #33f6b7bc
+# %% ../../nbs/09_views/09_labels.ipynb #cb06126e
 EMPTY = "too little evidence: nothing shares enough tokens to be ranked"
 KEEP = 50   # entries drawn
 INK, PEN = 'fill="currentColor"', 'stroke="currentColor"'
@@ -80,7 +80,7 @@ def _bar(each: Overlap, most: float, width: int = 72) -> str:
     if _real(each.null):
         parts.append(f'<line x1="{x(each.null):g}" x2="{x(each.null):g}" y1="0" y2="16" {PEN} '
                      'stroke-width="1.4" stroke-dasharray="2 2"/>')
-    says = f"{sure(each)}; chance {number(each.null)}"
+    says = f"{sure(each)}; chance {_chance(each, 1.0)}"
     return (f'<svg viewBox="0 0 {width} 16" width="{width}" height="16" role="img" aria-label="{caption(says)}" '
             f'style="vertical-align:middle">{"".join(parts)}</svg>')
 
@@ -94,12 +94,16 @@ def sure(each: Overlap,      # an entry
 
 def _even(value: Any, most: float) -> str: return even(value, most) if _real(value) else number(value)
 
-# %% ../../nbs/09_views/09_labels.ipynb #8cda39e2
+def _chance(each: Overlap, most: float) -> str:
+    "What chance reaches; a dash where that is not known."
+    return "–" if each.null is None or math.isnan(each.null) else _even(each.null, most)
+
+# %% ../../nbs/09_views/09_labels.ipynb #f7d47bb0
 def _row(each: Overlap, most: float, top: float) -> str:
     chance = "" if each.beyond else " <small>within chance</small>"
     kind = f' <small style="opacity:.75">{caption(each.kind, 20)}</small>' if each.kind else ""
     counts = "".join(f'<td align="right">{value}</td>' for value in (
-        _even(each.null, top), _even(each.precision, 1.0), _even(each.recall, 1.0), f"{each.both:,}", f"{each.fires:,}",
+        _chance(each, top), _even(each.precision, 1.0), _even(each.recall, 1.0), f"{each.both:,}", f"{each.fires:,}",
         f"{each.size:,}", f"{each.docs:,}" if each.docs else "–"))
     look = "" if each.beyond else ' style="opacity:.65"'
     return (f'<tr valign="top"{look}><td {NAME}><b>{caption(each.name, 60)}</b>{kind}{chance}</td>'
@@ -121,7 +125,7 @@ def _summary(table: ConceptTable) -> str:
             "chance: best of all with shifted labels", table.note]
     return " · ".join(each for each in said if each)
 
-# %% ../../nbs/09_views/09_labels.ipynb #6cfcd439
+# %% ../../nbs/09_views/09_labels.ipynb #a69fdad1
 def _table_html(table: ConceptTable) -> str:
     title = f"<b>{caption(table.title)}</b>"
     below = f'<small style="opacity:.75">{caption(_summary(table), 400)}</small>'
@@ -140,7 +144,7 @@ def _table_html(table: ConceptTable) -> str:
 
 def _table_text(table: ConceptTable) -> str:
     by = NAMES.get(table.by, table.by)
-    lines = [f"{token_text(each.name, 32)!s:32} {by} {sure(each)}  chance {number(each.null)}"
+    lines = [f"{token_text(each.name, 32)!s:32} {by} {sure(each)}  chance {_chance(each, 1.0)}"
              f"{'' if each.beyond else ' (within chance)'}  in both {each.both:,} of {each.fires:,} and {each.size:,}"
              for each in table.entries[:KEEP]]
     return "\n".join(token_text(each, 400) for each in (table.title, *(lines or [EMPTY]), _summary(table)) if each)

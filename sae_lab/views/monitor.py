@@ -6,7 +6,7 @@
 __all__ = ['SIZE', 'LONG', 'SHORT', 'WORDS', 'INK', 'Movement', 'Mark', 'MonitorView', 'shown', 'seen_last', 'panel_frame',
            'colour', 'movement_frame', 'bars_path', 'progress', 'monitor_view', 'geometry', 'packed', 'MonitorWidget']
 
-# %% ../../nbs/09_views/23_monitor.ipynb #c1512c7e
+# %% ../../nbs/09_views/23_monitor.ipynb #94b491c6
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from .curves import DASHES, LABELS, Curve, TrainingCurves, label_of, thin, train
 from .histograms import sparkline
 from .payload import AbstractPayload, Number, caption, token_text, views
 from .svg import Frame, axes, drawing, label, line, nice_ticks
-from .widget import WIDGET, AbstractWidget, static, still, widgets
+from .widget import WIDGET, AbstractWidget, front, still, widgets
 
 # %% ../../nbs/09_views/23_monitor.ipynb #fcb2d3a9
 @dataclass(frozen=True)
@@ -391,12 +391,11 @@ def packed(view: MonitorView, # a run
         parts += [each.tokens, *(row[first:last + 1] for row in each.counts)]
     return b"".join(np.asarray(part, dtype="<f4").tobytes() for part in parts)
 
-# %% ../../nbs/09_views/23_monitor.ipynb #f283d58f
+# %% ../../nbs/09_views/23_monitor.ipynb #53fd0411
 @widgets.add("monitor", idea="a training while it runs, with its controls", example=lambda: _live_example())
 class MonitorWidget(AbstractWidget[MonitorView]):
     "A training in a notebook."
-    _esm = static("base.js", "monitor.js")
-    _css = static("base.css", "monitor.css")
+    _esm, _css = front("monitor")
     facts = traitlets.Dict().tag(sync=True)       # geometry of the charts
     points = traitlets.Bytes().tag(sync=True)     # of the charts
     controls = traitlets.Dict().tag(sync=True)    # status; by coder coefficients, and latents whose cards can be had

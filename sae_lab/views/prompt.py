@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'SIDE', 'LEFT', 'TOP', 'PromptView', 'entries', 'peaks', 'heatmap', 'facts', 'packed', 'PromptWidget']
 
-# %% ../../nbs/09_views/25_prompt.ipynb #b752f2a1
+# %% ../../nbs/09_views/25_prompt.ipynb #5c2ae151
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ..ground.errors import InputError, ShapeError, unknown
 from ..ground.html import MONO, SANS, number
 from .browser import SEP, chips
 from .payload import AbstractPayload, Number, caption, token_text, views
-from .widget import AbstractWidget, static, widgets
+from .widget import AbstractWidget, front, widgets
 
 # %% ../../nbs/09_views/25_prompt.ipynb #ee39b45c
 METRICS = {"activation": "activation, model units",
@@ -231,13 +231,12 @@ def packed(view: PromptView,  # any
 def _finite(x: Number | None) -> Number | None:
     return x if x is not None and math.isfinite(x) else None
 
-# %% ../../nbs/09_views/25_prompt.ipynb #605caedc
+# %% ../../nbs/09_views/25_prompt.ipynb #ac880443
 @widgets.add("prompt", idea="for each token of a text the latents that fire",
              example=lambda: PromptWidget(_example(), token=3))
 class PromptWidget(AbstractWidget[PromptView]):
     "The latents of a text: by token, by measure, as a heatmap."
-    _esm = static("base.js", "numbers.js", "prompt.js")
-    _css = static("base.css", "numbers.css", "prompt.css")
+    _esm, _css = front("numbers", "prompt")
     numbers = traitlets.Bytes().tag(sync=True)       # float32 [6, entries]
     facts = traitlets.Dict().tag(sync=True)          # of tokens and latents
     selected = traitlets.Int(-1).tag(sync=True)      # latent chosen; -1: none

@@ -93,9 +93,9 @@ def _example() -> ScatterView:
     return scatter(estimate, true, names, groups, low=0.97, high=0.99, over="64 prompts", unit="nats",
                    x_label="attribution patching", title="made-up effects")
 
-# %% ../../nbs/09_views/27_scatter.ipynb #a7814771
-SPOTS = 2_000  # marks of a picture at most
-SHAPES = ("h0", "m0-3.6l3.6 3.6-3.6 3.6-3.6-3.6z", "m0-3.4l3.3 5.6h-6.6z", "m-2.8-2.8h5.6v5.6h-5.6z")
+# %% ../../nbs/09_views/27_scatter.ipynb #0529243b
+SPOTS = 1_500  # marks of a picture at most
+SHAPES = ("h0", "m0-4l4 4-4 4-4-4z", "m0-4l4 7h-8z", "m-3-3h6v6h-6z")
 
 def spots(frame: Frame,            # where
           xs: Sequence[Number],    # along x, all finite
@@ -125,7 +125,7 @@ def marks(found: dict[tuple, int],  # from `spots`
             else f'fill="{colour}"')
     return "".join(f'<path d="{d}" {look} opacity="{0.66 + 0.11 * level:.2g}"/>' for level, d in sorted(layers.items()))
 
-# %% ../../nbs/09_views/27_scatter.ipynb #cfe32e38
+# %% ../../nbs/09_views/27_scatter.ipynb #f867e67f
 def drawable(view: ScatterView, # what is shown
              ) -> list[int]:    # places of the points that have a place
     "Points of which both numbers are finite, and not beyond what a picture can hold."
@@ -142,7 +142,8 @@ def _panel(view: ScatterView, keep: list[int], xs: Sequence[Number], ys: Sequenc
     body = axes(frame, told(view.x_label), told(view.y_label), steps, steps) + _lines(frame, not as_ranks)
     for i, group in enumerate(_groups(view)):
         own = [j for j, at in enumerate(keep) if not view.groups or view.groups[at] == group]
-        found = spots(frame, [xs[j] for j in own], [ys[j] for j in own], SPOTS // len(_groups(view)))
+        most = max(SPOTS // 10, SPOTS * len(own) // n) // (1 + len(_groups(view)) // 10)
+        found = spots(frame, [xs[j] for j in own], [ys[j] for j in own], most)
         body += marks(found, SERIES[i % len(SERIES)], i)
     if not as_ranks: body += _named(view, frame, keep)
     return drawing(frame, body, f"{_told(view)}; {'ranks' if as_ranks else 'values'}")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BINS', 'strengths', 'top_words', 'promoted', 'weight_columns', 'shapes', 'stat_columns', 'latent_table', 'browser']
 
-# %% ../../nbs/10_lab/04_browser.ipynb #02094f79
-from collections.abc import Iterator, Mapping
+# %% ../../nbs/10_lab/04_browser.ipynb #48a12ceb
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,33 +16,38 @@ from scipy.sparse import csr_array
 from ..coders.contract import AbstractCoder
 from ..features.index import FeatureIndex
 from ..ground.errors import ShapeError
+from ..ground.html import percent
 from ..sources.subject import Subject
 from ..views.browser import SEP, BrowserWidget, Column, LatentTable
 from ..views.card import DENSE, RARE
 from ..views.histograms import sparkline
 from .origin import origin
 
-# %% ../../nbs/10_lab/04_browser.ipynb #d3146423
+# %% ../../nbs/10_lab/04_browser.ipynb #dcae5e52
 def strengths(index: FeatureIndex,  # an open index
               block: int = 1024,    # latents at once
+              latents: Iterable[int] | None = None, # some, one by one; None: all, in blocks
               ) -> Iterator[csr_array]: # [latents of the block, d_vocab] summed |activation|, model units
     "How strongly each latent fires on each token id, block by block."
     token, n_vocab = index.text.ids.reshape(-1), len(index.text.token_indptr) - 1
-    for first in range(0, index.d_sae, block):
-        starts = np.asarray(index.indptr[first:first + block + 1], np.int64)
+    runs = [(j, j + 1) for j in latents] if latents is not None else \
+        [(first, first + block) for first in range(0, index.d_sae, block)]
+    for first, last in runs:
+        starts = np.asarray(index.indptr[first:last + 1], np.int64)
         here = slice(int(starts[0]), int(starts[-1]))
         each = (np.abs(index.value[here]).astype(np.float64), token[index.position[here]], starts - starts[0])
         part = csr_array(each, shape=(len(starts) - 1, n_vocab))
         part.sum_duplicates()
         yield part
 
-# %% ../../nbs/10_lab/04_browser.ipynb #eef075d3
+# %% ../../nbs/10_lab/04_browser.ipynb #84dc5990
 def top_words(index: FeatureIndex,  # an open index
               n: int = 3,           # tokens of each latent
+              latents: Iterable[int] | None = None, # which; None: all
               ) -> tuple[list[str | None], list[float | None]]: # tokens joined by `SEP`; share of the first, 0 to 1
     "The tokens that carry most of each latent's activation; None for those that never fire."
     words, shares = list[str | None](), list[float | None]()
-    for part in strengths(index):
+    for part in strengths(index, latents=latents):
         for low, high in zip(part.indptr[:-1], part.indptr[1:]):
             value, token = part.data[low:high], part.indices[low:high]
             best = np.lexsort((token, -value))[:n] if high - low < 256 else _best(value, n)
@@ -91,7 +96,7 @@ def _numbers(values: Any) -> tuple[float | int | None, ...]:
     given = values.tolist() if hasattr(values, "tolist") else list(values)
     return tuple(None if v is None or v != v else v for v in given)
 
-# %% ../../nbs/10_lab/04_browser.ipynb #f7c39ecc
+# %% ../../nbs/10_lab/04_browser.ipynb #b25ad9e8
 BINS = 12  # of the outline of a histogram
 
 def shapes(index: FeatureIndex, # an open index
@@ -109,15 +114,15 @@ def stat_columns(index: FeatureIndex, # an open index
     state = np.select([~alive, stats["count"] < RARE, stats["density"] > DENSE], ["dead", "rare", "dense"], "")
     seen = {name: np.where(alive, stats[name], np.nan) for name in ("mean", "max")}
     tokens = f"of {index.n_tokens:,} tokens"
-    about = f"dead: never fired, rare: under {RARE} times, dense: over {DENSE:.0%}"
+    about = f"dead: never fired, rare: under {RARE} times, dense: over {percent(DENSE)}"
     return [Column("state", tuple(state.tolist()), "text", about),
-            Column("density", _numbers(stats["density"]), note=f"share {tokens}", bar="log"),
+            Column("density", _numbers(stats["density"]), note=f"share {tokens}", bar="log", unit="%"),
             Column("count", _numbers(stats["count"]), note=f"tokens on which it fires, {tokens}"),
             Column("max", _numbers(seen["max"]), note="largest activation, model units", bar="linear"),
             Column("mean", _numbers(seen["mean"]), note="mean activation where it fires, model units", bar="linear"),
             Column("docs", _numbers(stats["docs"]), note="documents in which it fires")]
 
-# %% ../../nbs/10_lab/04_browser.ipynb #2cd382eb
+# %% ../../nbs/10_lab/04_browser.ipynb #9f52a088
 def latent_table(coder: AbstractCoder,                     # the dictionary
                  index: FeatureIndex,                      # its index
                  subject: Subject | None = None,           # for what latents promote; None: without
@@ -135,7 +140,7 @@ def latent_table(coder: AbstractCoder,                     # the dictionary
     first = Column("histogram", shapes(index), "shape", "histogram from 0 to its largest, log counts")
     top = Column("top tokens", tuple(words), "tokens", "carry most of its summed activation")
     lifts = [Column("promotes", tuple(raised), "tokens", "logits raised most, directly")] if raised else []
-    part = Column("top share", tuple(shares), note="part of its summed activation on its first token")
+    part = Column("top share", tuple(shares), note="part of its summed activation on its first token", unit="%")
     more = [_extra(name, values) for name, values in (extra or {}).items()]
     where = ", ".join(coder.spec.hooks_in) or "no hook named"
     note = f"{where} · {index.facts['corpus'].get('source', 'corpus')} · {index.n_tokens:,} tokens"

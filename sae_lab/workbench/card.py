@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'SIZES', 'weight_facts', 'logit_effects', 'logit_chart', 'chance_share', 'neurons', 'heads', 'fired_tokens',
            'concept_ranking', 'main_token', 'neighbour_rankings', 'described', 'card', 'answers', 'live_card']
 
-# %% ../../nbs/10_lab/03_card.ipynb #9896c48c
+# %% ../../nbs/10_lab/03_card.ipynb #f2480006
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -22,7 +22,7 @@ from ..coders.contract import AbstractCoder
 from ..features.index import FeatureIndex, check_latent
 from ..features.neighbours import neighbours
 from ..features.pages import Page, Sizes, top_tokens
-from ..ground.html import number
+from ..ground.html import number, percent
 from ..sources.subject import Subject
 from ..splice.splice import ports
 from ..views.card import LatentCard, latent_card
@@ -124,12 +124,12 @@ def _by_head(title: str, value: np.ndarray, unit: str, sure: np.ndarray | None) 
     ends = lambda i: (None, None) if sure is None else (float(value[i] - sure[i]), float(value[i] + sure[i]))
     return Ranking(title, tuple(Row(f"head {i}", float(value[i]), *ends(i)) for i in order), unit)
 
-# %% ../../nbs/10_lab/03_card.ipynb #7c69b023
+# %% ../../nbs/10_lab/03_card.ipynb #0d157179
 def fired_tokens(page: Page,      # of a latent
                  ) -> Ranking:    # shares of the summed activation
     "The tokens that carry a latent."
     rows = [Row(token_text(each.string), each.share,
-                note=f"{each.count:,} activations; fires on {each.fires:.0%} of its occurrences")
+                note=f"{each.count:,} activations; fires on {percent(each.fires, 2)} of its occurrences")
             for each in page.tokens]
     return Ranking("fires on", tuple(rows), "share of its summed activation", full=1)
 
@@ -143,7 +143,9 @@ def concept_ranking(concepts: Any,     # with best(latent, n): a table of concep
              "note": f"F1 {number(each['f1'])}, IoU {number(each['iou'])}, lift {number(each['lift'])}, "
                      f"{each['both']:,} tokens in both"}
             for each in found]
-    chance = f"chance reaches {number(found[0]['mcc_null'], 2)}" if found else "no concept has the evidence"
+    chance = "no concept has the evidence"
+    if found: chance = f"chance reaches {number(found[0]['mcc_null'], 2)}"
+    if found and np.isnan(found[0]["mcc_null"]): chance = "what chance reaches is not known"
     return ranking(rows, "concepts", "MCC", note=chance, full=1)
 
 # %% ../../nbs/10_lab/03_card.ipynb #321ad052

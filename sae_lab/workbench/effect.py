@@ -18,7 +18,8 @@ from ..features.index import FeatureIndex
 from ..ground.errors import InputError
 from ..ground.sparse import Codes
 from ..sources.subject import Subject, token_loss
-from ..splice.splice import Edit, ports, splice
+from ..splice.inside import Edit
+from ..splice.splice import ports, splice
 from ..views.card_parts import Window
 from ..views.effect import Change, TokenEffect
 from ..views.tokens import TokenStrip

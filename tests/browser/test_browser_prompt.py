@@ -166,6 +166,19 @@ def test_sort_filter_and_search_equal_numpy(live):
     assert top(page) == [2718] and page.errors == []
 
 
+def test_a_column_in_percent_is_filtered_in_percent(live):
+    n = 300
+    share = (np.arange(n) + 0.5) / n
+    page = live(BrowserWidget(LatentTable(tuple(range(n)), (Column("density", tuple(share.tolist()), unit="%"),))))
+    assert page.locator(".sl-b-row").nth(3).inner_text().split("\n")[-1] == "1.2"
+    assert page.get_by_role("button", name="density, %").count() == 1
+    for text, wanted in (("> 5", share > 0.05), ("5%..10%", abs(share - 0.075) <= 0.025), ("< 5 %", share < 0.05)):
+        page.locator("[aria-label^='filter density']").fill(text)
+        page.wait_for_timeout(80)
+        assert page.locator("[role=status]").inner_text().startswith(f"{int(wanted.sum()):,} of"), text
+    assert page.errors == []
+
+
 def test_browser_by_keyboard_alone(live):
     table = big(500)
     page = live(BrowserWidget(table))

@@ -359,6 +359,20 @@ def test_dead_single_and_binary_latents():
     assert (alone.concept, alone.both, alone.docs, alone.mcc) == ("one", 1, 1, 1)
 
 
+def test_chance_is_unknown_where_no_shifted_pair_has_the_evidence():
+    text = a_text()
+    here = np.zeros(text.ids.size, bool)
+    here[np.flatnonzero(text.seen)[100:112]] = True
+    here = here.reshape(text.ids.shape)
+    index = an_index(text, [here, text.seen])
+    scores = concept_scores(index, masked(text, {"c": here}))
+    for found in (scores.best(0), scores.table().query("latent == 0")):
+        row = found.iloc[0]
+        assert row.both == 12 and row.mcc == 1 and row.mcc_p == 1 / 21
+        assert np.isnan([row.mcc_null, row.iou_null, row.f1_null, row.lift_null]).all()
+    assert not np.isnan(scores.latents("c", by="iou").iou_null).any(), "another latent meets the shifted concept"
+
+
 def test_no_shifts_no_concepts_one_document():
     text, g = a_text(20, rows_a_doc=20), np.random.default_rng(7)
     truth = blobs(text, .2, 3, g)

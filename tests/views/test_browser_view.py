@@ -66,6 +66,13 @@ def test_hostile_tokens_are_text(token):
     assert packed(table)["title"] == token_text(token, 160)
 
 
+def test_shares_are_shown_in_percent_and_kept_as_shares():
+    table = LatentTable((0, 1, 2), (Column("density", (0.00905, 0.5, None), unit="%"),), sort="density")
+    assert "0.905 %" in table.to_html() and "50 %" in table.to_text() and table.to_text().endswith("–")
+    assert table.rows()[0]["density"] == 0.00905 and packed(table)["columns"][0]["unit"] == "%"
+    with pytest.raises(UnknownName): Column("a", (1.0,), unit="m")
+
+
 def test_static_html_says_how_many():
     n = 16_384
     table = LatentTable(tuple(range(n)), (Column("count", tuple(range(n)), bar="log"),), "big", sort="count")

@@ -49,6 +49,8 @@ def test_chance_and_the_unknown_are_said():
     assert html.count("within chance") == text.count("within chance") == 1
     assert "0.60 (0.50 to 0.70)" in html and "0.10 (interval unknown)" in html
     assert sure(Overlap("a", score=math.nan)).startswith("NaN")
+    unknown = ConceptTable("t", (Overlap("rare", score=.6, low=.5, high=.7, null=math.nan),))
+    assert "chance –" in unknown.to_html() and "chance –" in unknown.to_text() and "NaN" not in unknown.to_html()
     assert EMPTY in ConceptTable("t").to_html() and EMPTY in ConceptTable("t").to_text()
 
 

@@ -17,7 +17,8 @@ from sae_lab.sources.stream import Stream
 from sae_lab.sources.subject import Subject
 from sae_lab.views.payload import check_view
 from sae_lab.views.prompt import METRICS, PromptView, PromptWidget, entries, packed, peaks
-from sae_lab.workbench.prompt import ablated, prompt, prompt_view, quantile, top_words
+from sae_lab.workbench.browser import top_words
+from sae_lab.workbench.prompt import ablated, prompt, prompt_view, quantile
 
 words = texts(6)
 numbers = st.floats(width=32)
@@ -150,7 +151,7 @@ def test_quantiles_and_words_equal_a_naive_count(bench):
         share = float((natural <= np.float32(abs(row["activation"]))).mean()) if len(natural) else None
         assert row["quantile"] == share and row["n"] == len(natural)
     latent = int(index.stats["count"].idxmax())
-    assert top_words(index, latent, 3).split("\u241f") == [t.string for t in index.page(latent).tokens[:3]]
+    assert top_words(index, 3, [latent])[0][0].split("\u241f") == [t.string for t in index.page(latent).tokens[:3]]
     assert quantile(index, latent, np.array([np.inf, 0.0], np.float32)) == [1.0, 0.0]
 
 

@@ -204,7 +204,7 @@ def test_a_card_names_its_groups_honestly():
     names = [group.name for group in card.groups]
     assert names[:3] == ["strongest", "by rank of activation", "90 to 100 %"] and names[-1] == "silent"
     text = card.to_text()
-    assert "biased" in text and "uniform samples" in text and "n = 123 (10%)" in text
+    assert "biased" in text and "uniform samples" in text and "n = 123 (10 %)" in text
 
 
 def test_a_page_without_examples_makes_a_card():
