@@ -226,12 +226,13 @@ def group_max(
     n, m = scores.shape
     groups = scores.detach().contiguous().view(n, k, m // k)
     if scores.device.type == "cpu" and scores.dtype in FAST:
-        parts = np.array_split(groups.numpy(), torch.get_num_threads())
-        with ThreadPoolExecutor(len(parts)) as pool:
-            at = torch.from_numpy(np.concatenate(list(pool.map(lambda part: part.argmax(2), parts))))
+        at, threads = torch.empty(n, k, dtype=torch.long), torch.get_num_threads()
+        parts = zip(np.array_split(groups.numpy(), threads), np.array_split(at.numpy(), threads))
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda part: part[0].argmax(2, out=part[1]), parts))
     else:
         at = groups.argmax(2)
-    columns = at + torch.arange(0, m, m // k, device=scores.device)
+    columns = at.add_(torch.arange(0, m, m // k, device=scores.device))
     return scores.gather(1, columns), columns.int()
 
 
