@@ -84,6 +84,7 @@ function render({ model, el }) {
     errors.show(now.error);
     answer.value = now.answer;
     distractor.value = now.distractor;
+    [answer.placeholder, distractor.placeholder] = facts().judge.length ? facts().judge : ["answer", "distractor"];
     prompts.hidden = n < 2;
     prompt.max = n - 1;
     prompt.value = now.prompt;

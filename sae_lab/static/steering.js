@@ -2,15 +2,6 @@
 const LOW = -3, HIGH = 6, FULL = 2;
 const AGAIN = ["doses", "prompt", "n", "seed", "temperature", "top_k", "error", "place", "control"];
 
-/** A number in a few characters. */
-function short(x) {
-  if (x === null || x === undefined) return "–";
-  if (!Number.isFinite(x)) return "∞";
-  const size = Math.abs(x);
-  if (size >= 100) return Math.round(x).toLocaleString("en");
-  return size && size < 1e-3 ? x.toExponential(1) : String(Number(x.toPrecision(3)));
-}
-
 /** Where a dose stands among natural activations, as Python's `standing` says it. */
 function standing({ op, value }, { unit, marks, top, n }) {
   const amount = value * unit;

@@ -49,9 +49,11 @@ class DoseView(AbstractPayload):
     def to_text(self) -> str: return _dose_text(self)
 
     def rows(self) -> list[dict]: # one a metric and strength
-        return [{"metric": each.quantity, "strength": x} | {name: own[i] if own else None for name, own in _columns(each)}
+        row = lambda each, i: {name: own[i] if own else None for name, own in _columns(each)}
+        return [{"metric": each.quantity, "strength": x} | row(each, i)
                 for each in self.curves for i, x in enumerate(self.strengths)]
 
+# %% ../../nbs/09_views/29_dose.ipynb #1bac5177
 COLUMNS = ("values", "low", "high", "control", "control_low", "control_high")
 
 def _columns(curve: DoseCurve) -> list[tuple[str, tuple]]:
@@ -61,7 +63,8 @@ def _check(view: DoseView) -> None:
     for each in view.curves:
         sizes = {name: len(getattr(each, name)) for name in COLUMNS}
         if {n for name, n in sizes.items() if n or name == "values"} - {len(view.strengths)}:
-            raise ShapeError(f"{sizes} for {len(view.strengths)} strengths", "one of each a strength", "fill gaps with NaN")
+            raise ShapeError(f"{sizes} for {len(view.strengths)} strengths", "one of each a strength",
+                             "fill gaps with NaN")
         for low, high in (("low", "high"), ("control_low", "control_high")):
             if bool(getattr(each, low)) != bool(getattr(each, high)):
                 raise ShapeError(f"one end of the interval of {token_text(each.quantity)}", f"both {low} and {high}")
@@ -76,8 +79,8 @@ def _example() -> DoseView:
     flat = tuple(0.02 * x for x in xs)
     curves = (DoseCurve("logit difference", steer, near(steer, -0.3), near(steer, 0.3), flat, near(flat, -0.2),
                         near(flat, 0.2), steer[8], "logits"),
-              DoseCurve("KL from the clean run", cost, near(cost, -0.02), near(cost, 0.02), tuple(0.8 * c for c in cost),
-                        base=0.0, unit="nats"))
+              DoseCurve("KL from the clean run", cost, near(cost, -0.02), near(cost, 0.02),
+                        tuple(0.8 * c for c in cost), base=0.0, unit="nats"))
     natural = ((0.5, 1.2), (0.9, 3.4), (0.99, 5.0), (1.0, 6.2))
     return DoseView(xs, curves, natural, (("0.1 nats", 3.9),), 64, 16, title="made-up steering", note="error kept")
 
@@ -93,8 +96,9 @@ def band(frame: Frame,           # where
     for x, a, b in [*zip(xs, low, high, strict=True), (math.nan,) * 3]:
         if _fine(x) and _fine(a) and _fine(b): run.append((frame.x(x), frame.y(a), frame.y(b)))
         elif run: runs, run = [*runs, run], []
-    d = "".join("M" + "L".join([f"{x:g} {a:g}" for x, a, _ in own] + [f"{x:g} {b:g}" for x, _, b in reversed(own)]) + "z"
-                for own in runs if len(own) > 1)
+    there = lambda own: [f"{x:g} {a:g}" for x, a, _ in own]
+    back = lambda own: [f"{x:g} {b:g}" for x, _, b in reversed(own)]
+    d = "".join("M" + "L".join(there(own) + back(own)) + "z" for own in runs if len(own) > 1)
     return f'<path d="{d}" {look}/>' if d else ""
 
 def _fine(x: Number) -> bool: return math.isfinite(x) and abs(x) < 1e100
@@ -109,8 +113,8 @@ def natural_range(view: DoseView, # what is shown
     top, bottom = frame.margin[0], frame.height - frame.margin[2]
     inside = lambda x: min(max(frame.x(x), left), right)
     ends = inside(min(0.0, seen[0][1])), inside(max(0.0, seen[-1][1]))
-    parts = [f'<rect x="{ends[0]:g}" y="{top}" width="{ends[1] - ends[0]:g}" height="{bottom - top}" fill="currentColor" '
-             f'fill-opacity=".06"/>']
+    parts = [f'<rect x="{ends[0]:g}" y="{top}" width="{ends[1] - ends[0]:g}" height="{bottom - top}" '
+             f'fill="currentColor" fill-opacity=".06"/>']
     shown, taken = [(share, frame.x(x)) for share, x in seen if left <= frame.x(x) <= right], list[float]()
     parts.append(f'<path d="{"".join(f"M{x:g} {top}v6" for _, x in shown)}" stroke="currentColor" opacity=".7"/>')
     for share, x in reversed(shown):
@@ -148,9 +152,11 @@ def _curve(frame: Frame, xs: Sequence[Number], ys: Sequence[Number], colour: str
     return (line(frame, [x for x, _ in pairs], [y for _, y in pairs], colour, title, dash)
             + (f'<path d="{dots}" fill="none" stroke="{escape(colour)}" {size}/>' if dots else ""))
 
+# %% ../../nbs/09_views/29_dose.ipynb #1888f403
 def _edges(view: DoseView, curve: DoseCurve, frame: Frame) -> str:
     "No edit: its value and its place; and the marked strengths."
-    left, right, top, bottom = frame.margin[3], frame.width - frame.margin[1], frame.margin[0], frame.height - frame.margin[2]
+    left, right = frame.margin[3], frame.width - frame.margin[1]
+    top, bottom = frame.margin[0], frame.height - frame.margin[2]
     parts = []
     if _known(curve.base):
         parts.append(f'<path d="M{left} {frame.y(curve.base or 0):g}H{right}" stroke="currentColor" opacity=".45" '
@@ -159,7 +165,8 @@ def _edges(view: DoseView, curve: DoseCurve, frame: Frame) -> str:
         if not _fine(x) or not frame.x_range[0] <= x <= frame.x_range[1]: continue
         at, end = frame.x(x), frame.x(x) > 0.6 * frame.width
         parts.append(f'<path d="M{at:g} {top}V{bottom}" stroke="currentColor" opacity=".6" stroke-dasharray="2 2"/>')
-        parts.append(label(at - 4 if end else at + 4, top + 18, token_text(name, 20), "end" if end else "start", faint=False))
+        place = (at - 4, top + 18) if end else (at + 4, top + 18)
+        parts.append(label(*place, token_text(name, 20), "end" if end else "start", faint=False))
     return "".join(parts)
 
 def _known(x: Number | None) -> bool: return x is not None and _fine(x)
@@ -187,12 +194,15 @@ def _legend(view: DoseView) -> str:
     if any(each.control for each in view.curves):
         parts.append(f"<b>╍╍</b> matched random controls{f', {view.controls:,}' if view.controls else ''}")
     if any(_known(each.base) for each in view.curves): parts.append("<b>┈┈</b> no edit")
-    if view.natural: parts.append("ticks above: shares of the latent’s own activations that are weaker; shaded: its natural range")
-    return '<div style="display:flex;flex-wrap:wrap;gap:0 16px">' + "".join(f"<small>{each}</small>" for each in parts) + "</div>"
+    if view.natural:
+        parts.append("ticks above: shares of the latent’s own activations that are weaker; shaded: its natural range")
+    told = "".join(f"<small>{each}</small>" for each in parts)
+    return f'<div style="display:flex;flex-wrap:wrap;gap:0 16px">{told}</div>'
 
 def _dose_html(view: DoseView) -> str:
     title = f"<div><b>{caption(view.title)}</b></div>" if view.title else ""
-    drawn = "".join(panel(view, each) for each in view.curves) if view.strengths and view.curves else "Nothing was measured."
+    drawn = "".join(panel(view, each) for each in view.curves) if view.strengths else ""
+    drawn = drawn or "Nothing was measured."
     pictures = f'<div style="display:flex;flex-wrap:wrap;gap:6px 20px;margin-top:4px">{drawn}</div>'
     below = f'<div><small style="opacity:.75">{caption(view.note, 400)}</small></div>' if view.note else ""
     return f'<div style="font:13px/1.5 {SANS}">{title}{_legend(view)}{pictures}{below}</div>'

@@ -56,8 +56,8 @@ def verdict(outcome: Outcome, # of an edit
 
 # %% ../../nbs/09_views/295_edit.ipynb #f2cf7696
 STATES = {
-    "keep": ("Error kept", "what the dictionary does not explain stays; the model differs by this edit alone."),
-    "drop": ("Error dropped", "the model reads the reconstruction; numbers are told against it, unedited.")}
+    "keep": ("Error kept", "the hook gets x + decode(f′) − decode(f): what the dictionary does not explain stays."),
+    "drop": ("Error dropped", "the hook gets decode(f′); numbers are told against decode(f), without an edit.")}
 
 @views.add("edit", idea="what an edit did to tokens and metrics, beside random latents", example=lambda: _example())
 @dataclass(frozen=True, repr=False)
@@ -296,7 +296,7 @@ def _effect_text(view: EffectView) -> str:
     for each in view.outcomes:
         values = f"{number(each.before):>8} → {number(each.after):>8} {signed(each.change):>8} {each.unit}"
         lines.append(f"{each.name:20} {values}  {verdict(each)}")
-    for each in view.top:
-        lines.append(f"{token_text(each.token, 20):20} {number(each.before, 2):>8} → {number(each.after, 2):>8}")
+    for next_ in view.top:
+        lines.append(f"{token_text(next_.token, 20):20} {number(next_.before, 2):>8} → {number(next_.after, 2):>8}")
     if view.edit: lines += [f"{what}: {said}" for what, said in checks(view)]
     return "\n".join(token_text(line, 600) for line in lines)

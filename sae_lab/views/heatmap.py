@@ -18,7 +18,7 @@ import traitlets
 from ..ground.errors import InputError, ShapeError, unknown
 from ..ground.html import SANS, number, table
 from .payload import AbstractPayload, Number, caption, token_text, views
-from .widget import AbstractWidget, static, widgets
+from .widget import AbstractWidget, front, widgets
 
 # %% ../../nbs/09_views/28_heatmap.ipynb #81e0e06d
 @views.add("heatmap", idea="effects over layers and positions, a grid a latent or component",
@@ -80,11 +80,12 @@ def heatmap(rows: Iterable[Mapping[str, Any]] | Any,  # mappings, or a data fram
     names = [list(dict.fromkeys(row[key] for row in rows)) if key else [""] for key in (choice, down, along)]
     grids = np.full((3, *map(len, names)), math.nan)
     for row in rows:
-        at = tuple(own.index(row[key]) if key else 0 for own, key in zip(names, (choice, down, along), strict=True))
-        grids[(slice(None), *at)] = [math.nan if row.get(key) is None else row[key] for key in (value, "low", "high")]
+        i, j, k = (own.index(row[key]) if key else 0 for own, key in zip(names, (choice, down, along), strict=True))
+        grids[:, i, j, k] = [math.nan if row.get(key) is None else row[key] for key in (value, "low", "high")]
     values, low, high = (tuple(grid.reshape(-1).tolist()) for grid in grids)
     known = {"low": low, "high": high} if rows and "low" in rows[0] and "high" in rows[0] else {}
-    labels = {"down_label": down, "along_label": along, "quantity": value} | ({"choice_label": choice} if choice else {})
+    labels = {"down_label": down, "along_label": along, "quantity": value}
+    if choice: labels["choice_label"] = choice
     choices, below, across = (tuple(map(str, own)) for own in names)
     return HeatmapView(below, across, values, choices, **(labels | known | facts))
 
@@ -99,8 +100,8 @@ def _example() -> HeatmapView:
                 x = peak + 0.03 * float(rng.normal())
                 rows.append({"latent": latent, "layer": layer, "position": f"{at} {token.strip()}", "effect": x,
                              "low": x - 0.06, "high": x + 0.06})
-    return heatmap(rows, choice="latent", n=64, unit="share of the logit difference", null=0.07, title="made-up effects",
-                   note="denoising · error kept")
+    return heatmap(rows, choice="latent", n=64, unit="share of the logit difference", null=0.07,
+                   title="made-up effects", note="denoising · error kept")
 
 # %% ../../nbs/09_views/28_heatmap.ipynb #c6cdcd5b
 def grid_of(view: HeatmapView,         # what is shown
@@ -177,8 +178,7 @@ def cut(view: HeatmapView,   # what is shown
         grid: np.ndarray,    # [row, column]
         ) -> np.ndarray:     # [row, column], the first of each
     "As much of a grid as is drawn."
-    rows = min(len(view.down), 80)
-    return grid[:rows, :max(1, CELLS // max(1, rows))]
+    return grid[:80, :max(1, CELLS // max(1, min(len(view.down), 80)))]
 
 def large(view: HeatmapView,  # what is shown
           ) -> str:           # HTML
@@ -187,12 +187,13 @@ def large(view: HeatmapView,  # what is shown
     n_down, n_along = grid.shape
     wide, tall = (46, 22) if n_along <= 14 else (24, 20) if n_along <= 32 else (16, 16)
     long = lambda names: max((len(token_text(name, 24)) for name in names), default=0)
-    side, top = 14 + 6.6 * min(26, long((view.down_label, *view.down[:n_down]))), 22 + 5 * min(26, long(view.along[:n_along]))
-    parts = [_text(side + wide * (k + 0.5) + 3, top - 7, name, "start", -50) for k, name in enumerate(view.along[:n_along])]
-    parts += [_text(side - 6, top + tall * (r + 0.5) + 3.5, name, "end") for r, name in enumerate(view.down[:n_down])]
-    parts += [f'<g opacity=".7">{_text(side - 6, top - 7, view.down_label, "end")}</g>']
-    cells = shades(grid, scale(view), wide, tall, wide < 40) + (_numbers(view, grid, wide, tall) if wide > 40 else "")
-    cells = ground(n_down, n_along, wide, tall) + cells
+    down, along = view.down[:n_down], view.along[:n_along]
+    side, top = 14 + 6.6 * min(26, long((view.down_label, *down))), 22 + 5 * min(26, long(along))
+    parts = [_text(side + wide * (k + 0.5) + 3, top - 7, name, "start", -50) for k, name in enumerate(along)]
+    parts += [_text(side - 6, top + tall * (r + 0.5) + 3.5, name, "end") for r, name in enumerate(down)]
+    parts += ['<g opacity=".7">', _text(side - 6, top - 7, view.down_label, "end"), "</g>"]
+    cells = ground(n_down, n_along, wide, tall) + shades(grid, scale(view), wide, tall, wide < 40)
+    if wide > 40: cells += _numbers(view, grid, wide, tall)
     parts.append(f'<g transform="translate({side:g} {top})">{cells}{frames(marked, wide, tall)}</g>')
     return _svg(side + wide * n_along + 60, top + tall * n_down + 2, "".join(parts), said(view))
 
@@ -204,7 +205,8 @@ def _numbers(view: HeatmapView, grid: np.ndarray, wide: int, tall: int) -> str:
         if math.isnan(x): return "?"
         text = number(x, 2) if digits is None else f"{x:.{digits}f}"
         return (text.lstrip("-") if not float(text.replace(",", "").rstrip("MGT")) else text).replace("-", "−")
-    return "".join(_text(k * wide + wide / 2 - 0.5, r * tall + tall / 2 + 3.5, told(x)) for (r, k), x in np.ndenumerate(grid))
+    return "".join(_text(k * wide + wide / 2 - 0.5, r * tall + tall / 2 + 3.5, told(x))
+                   for (r, k), x in np.ndenumerate(grid))
 
 def _text(x: Number, y: Number, text: object, anchor: str = "middle", turn: int = 0) -> str:
     "A short text, perhaps turned."
@@ -213,8 +215,8 @@ def _text(x: Number, y: Number, text: object, anchor: str = "middle", turn: int 
 
 def _svg(wide: Number, tall: Number, body: str, says: str) -> str:
     style = f"display:block;font:11px {SANS};font-variant-numeric:tabular-nums"
-    return (f'<svg viewBox="0 0 {wide:g} {tall:g}" width="{wide:g}" height="{tall:g}" role="img" '
-            f'aria-label="{caption(says, 300)}" fill="currentColor" style="{style}">{body}</svg>')
+    size = f'viewBox="0 0 {wide:g} {tall:g}" width="{wide:g}" height="{tall:g}"'
+    return f'<svg {size} role="img" aria-label="{caption(says, 300)}" fill="currentColor" style="{style}">{body}</svg>'
 
 # %% ../../nbs/09_views/28_heatmap.ipynb #41af6553
 def largest(view: HeatmapView, # what is shown
@@ -240,7 +242,7 @@ def said(view: HeatmapView, # what is shown
     where = [f"{name} {row[name]}" for name in (view.choice_label, view.down_label, view.along_label) if row[name]]
     parts = [f"largest: {number(row['value'])}{interval(row['low'], row['high'])}{unit} at {', '.join(where)}"]
     if view.n: parts.append(f"n = {view.n:,} prompts")
-    if view.null is not None: parts.append(f"controls reach {number(view.null)}")
+    if view.null is not None and math.isfinite(view.null): parts.append(f"controls reach {number(view.null)}")
     return " · ".join(token_text(each, 200) for each in parts)
 
 # %% ../../nbs/09_views/28_heatmap.ipynb #5f0a3da6
@@ -254,27 +256,31 @@ def _key(view: HeatmapView) -> str:
             f"{_text(30, 12, '−' + number(most, 2), 'end')}{_text(end + 4, 12, '+' + number(most, 2), 'start')}")
     unit = f", {view.unit}" if view.unit else ""
     words = f"{view.quantity}{unit}: orange raises the metric, blue lowers it"
-    if view.null: bar += "".join(f'<path d="M{at:.4g} 0v17" stroke="currentColor"/>' for at in _at_null(view))
-    if view.null: words += "; lines on the scale: what controls reach"
+    reach = _at_null(view)
+    bar += "".join(f'<path d="M{at:.4g} 0v17" stroke="currentColor"/>' for at in reach)
+    if reach: words += "; lines on the scale: what controls reach"
     if view.low: words += "; framed: the 95 % interval leaves out zero, each cell by itself"
     side = "display:flex;flex-wrap:wrap;align-items:center;gap:2px 10px"
-    return f'<div style="{side}">{_svg(end + 44, 17, bar, words)}<small style="opacity:.75">{caption(words, 300)}</small></div>'
+    small_ = f'<small style="opacity:.75">{caption(words, 300)}</small>'
+    return f'<div style="{side}">{_svg(end + 44, 17, bar, words)}{small_}</div>'
 
 def _at_null(view: HeatmapView) -> list[float]:
     "Where on the scale controls end."
     size, middle = abs(view.null or math.nan), 34 + 10 * STEPS + 4.5
-    return [middle + sign * 10 * STEPS * size / scale(view) for sign in (-1, 1)] if size <= scale(view) else []
+    return [middle + sign * 10 * STEPS * size / scale(view) for sign in (-1, 1)] if 0 < size <= scale(view) else []
 
 def small(view: HeatmapView, # what is shown
           choice: int,       # number of the grid
           ) -> str:          # HTML
     "A grid without names, to compare shapes."
     grid = cut(view, grid_of(view, choice))
-    side = min(9, max(2, 150 // max(1, grid.shape[1])))
+    rows, columns = grid.shape
+    side = min(9, max(2, 150 // max(1, columns)))
     name = f"{view.choice_label} {view.choices[choice]}".strip()
-    body = f"{_text(0, 11, name, 'start')}<g transform=\"translate(0 17)\">{shades(grid, scale(view), side, side, False)}</g>"
-    body += f'<g transform="translate(.5 17)">{ground(*grid.shape, side, side)}</g>'
-    return _svg(max(side * grid.shape[1] + 1, 7 * min(24, len(name))), 18 + side * grid.shape[0], body, name)
+    cells = shades(grid, scale(view), side, side, False)
+    body = f'{_text(0, 11, name, "start")}<g transform="translate(0 17)">{cells}</g>'
+    body += f'<g transform="translate(.5 17)">{ground(rows, columns, side, side)}</g>'
+    return _svg(max(side * columns + 1, 7 * min(24, len(name))), 18 + side * rows, body, name)
 
 # %% ../../nbs/09_views/28_heatmap.ipynb #991ba989
 def _others(view: HeatmapView, room: int) -> str:
@@ -289,14 +295,18 @@ def _others(view: HeatmapView, room: int) -> str:
     kept = drawn[:-1] if room < 0 else drawn
     left = len(order) - len(kept)
     more = f'<small style="opacity:.75">and {left:,} more</small>' if left else ""
-    return f'<div style="display:flex;flex-wrap:wrap;align-items:end;gap:10px 18px;margin-top:8px">{"".join(kept)}{more}</div>'
+    style = "display:flex;flex-wrap:wrap;align-items:end;gap:10px 18px;margin-top:8px"
+    return f'<div style="{style}">{"".join(kept)}{more}</div>'
+
+_NOTHING = "<div>There is nothing to draw.</div>"
 
 def _heatmap_html(view: HeatmapView) -> str:
     title = f"<b>{caption(view.title)}</b> · " if view.title else ""
-    name = f"{view.choice_label} {view.choices[view.chosen]}" if view.choices and view.choices[view.chosen] else view.quantity
+    chosen = view.choices[view.chosen] if view.choices else ""
+    name = f"{view.choice_label} {chosen}" if chosen else view.quantity
     head = f'<div>{title}{caption(name)} <small style="opacity:.75">{caption(said(view), 600)}</small></div>'
     empty = not (view.choices and view.down and view.along)
-    drawn = "<div>There is nothing to draw.</div>" if empty else f'<div style="overflow-x:auto">{large(view)}</div>{_key(view)}'
+    drawn = f'<div style="overflow-x:auto">{large(view)}</div>{_key(view)}' if not empty else _NOTHING
     cells = len(view.down) * len(view.along) - cut(view, grid_of(view)).size
     words = [view.note] + ([f"{cells:,} cells of each grid are not drawn"] if cells > 0 and not empty else [])
     below = "".join(f'<div><small style="opacity:.75">{caption(each, 400)}</small></div>' for each in words if each)
@@ -309,28 +319,31 @@ def _heatmap_html(view: HeatmapView) -> str:
 def _heatmap_text(view: HeatmapView) -> str:
     lines = [view.title, said(view), view.note]
     for row in largest(view, 8):
-        where = "  ".join(token_text(str(row[key]), 24) for key in (view.choice_label, view.down_label, view.along_label))
+        keys = view.choice_label, view.down_label, view.along_label
+        where = "  ".join(token_text(str(row[key]), 24) for key in keys)
         lines.append(f"{where}  {number(row['value'])}{interval(row['low'], row['high'])}")
     return "\n".join(token_text(each, 400) for each in lines if each)
 
 # %% ../../nbs/09_views/28_heatmap.ipynb #f26bd350
 def packed(view: HeatmapView,    # any
            ) -> dict[str, Any]:  # traits of the widget
-    "A heatmap as the browser reads it: values, lower and upper ends as one block of float32, NaN where nothing is known."
-    block = np.array([grid_of(view, i, kind) for kind in ("values", "low", "high") for i in range(len(view.choices))], "<f4")
+    "A heatmap for the browser: values, lower and upper ends as one block of float32, NaN where nothing is known."
+    kinds, some = ("values", "low", "high"), range(len(view.choices))
+    block = np.array([grid_of(view, i, kind) for kind in kinds for i in some], "<f4")
     names = {name: [token_text(each, 60) for each in getattr(view, name)] for name in ("down", "along", "choices")}
-    labels = {name: token_text(getattr(view, name), 40) for name in ("down_label", "along_label", "choice_label", "quantity", "unit")}
+    told = {name: token_text(getattr(view, name), 40)
+            for name in ("down_label", "along_label", "choice_label", "quantity", "unit")}
     key = _key(view) if view.choices and view.down and view.along else ""
     return {"numbers": block.tobytes(), "choice": view.chosen,
-            "facts": {**names, **labels, "n": view.n, "scale": scale(view), "title": token_text(view.title, 160), "key": key,
-                      "intervals": bool(view.low), "said": token_text(said(view), 400), "note": token_text(view.note, 400)}}
+            "facts": {**names, **told, "n": view.n, "scale": scale(view), "intervals": bool(view.low), "key": key,
+                      "title": token_text(view.title, 160), "said": token_text(said(view), 400),
+                      "note": token_text(view.note, 400)}}
 
 # %% ../../nbs/09_views/28_heatmap.ipynb #43b80a13
 @widgets.add("heatmap", idea="effects over layers, positions and latents", example=lambda: HeatmapWidget(_example()))
 class HeatmapWidget(AbstractWidget[HeatmapView]):
     "A heatmap to walk on: `selected` is a cell, `choice` the grid that is shown."
-    _esm = static("base.js", "numbers.js", "heatmap.js")
-    _css = static("base.css", "numbers.css", "heatmap.css")
+    _esm, _css = front("numbers", "heatmap")
     numbers = traitlets.Bytes().tag(sync=True)                       # float32 [3, choice, row, column]
     facts = traitlets.Dict().tag(sync=True)                          # names and labels
     choice = traitlets.Int().tag(sync=True)                          # number of the grid shown

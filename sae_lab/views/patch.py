@@ -19,7 +19,7 @@ from ..ground.html import SANS, escape, number
 from .browser import SEP, chips
 from .edit import EffectView, Outcome, losses, results_html, signed, verdict
 from .payload import AbstractPayload, Number, caption, token_text, views
-from .widget import AbstractWidget, static, widgets
+from .widget import AbstractWidget, front, widgets
 
 # %% ../../nbs/09_views/30_patch.ipynb #2f74b1b5
 OPERATIONS = {"ablate": "its activation becomes 0",
@@ -88,6 +88,7 @@ class PatchView(AbstractPayload):
     count: int = 0                      # tokens of the index on which it fires
     source: tuple[str, ...] = ()        # tokens of the other prompt, of equal number; empty: there is none
     prompts: int = 1                    # that can be shown
+    judge: tuple[str, ...] = ()         # the answer and the distractor in use; empty: not known
     budget: int = 55_000                # bytes of the static HTML
 
     def to_html(self) -> str: return _patch_html(self)
@@ -139,7 +140,7 @@ def _example(choice: Choice = Choice(17)) -> PatchView:
     moved = sum(b - a for a, b in zip(fires, after)) / 7.3
     words, natural = f" Mary{SEP} John{SEP} Anna", (1.2, 2.9, 4.6, 6.3)
     return PatchView(_moved(base, choice, edited, fires, after, moved), choice, (), "topk-512",
-                     "blocks.1.hook_resid_post", 512, words, natural, 1203, base.tokens)
+                     "blocks.1.hook_resid_post", 512, words, natural, 1203, base.tokens, judge=(" John", " Mary"))
 
 def _moved(base, choice, edited, fires, after, moved) -> EffectView:
     first = edited.index(True) if True in edited else len(edited)
@@ -223,7 +224,8 @@ def packed(view: PatchView,      # what is shown
             "names": [token_text(x.name, 30) for x in view.tried[0].outcomes[:2]] if view.tried else [],
             "title": token_text(view.title, 160), "facts": token_text(facts(view), 300),
             "words": SEP.join(token_text(part, 24) for part in view.words.split(SEP)[:4]) if view.words else "",
-            "natural": _known(view.natural), "count": view.count, "size": view.size, "prompts": view.prompts}
+            "judge": [token_text(each, 24) for each in view.judge], "natural": _known(view.natural),
+            "count": view.count, "size": view.size, "prompts": view.prompts}
 
 def _known(values: tuple) -> list:
     return [x if x is not None and math.isfinite(x) else None for x in values]
@@ -250,6 +252,7 @@ def _answers(widget: "PatchWidget") -> dict[str, Callable]:
 
 def _turned(widget: "PatchWidget", change: Any) -> None:
     "Follow a trait that was set from outside; a choice that cannot be made is told in `problem`."
+    if widget._busy: return
     now = widget.view.choice
     try:
         wanted = chosen(widget.choice) if change["name"] == "choice" else replace(now, latent=widget.latent)
@@ -261,8 +264,7 @@ def _turned(widget: "PatchWidget", change: Any) -> None:
              example=lambda: PatchWidget(_example(), lambda choice: _example(choice)))
 class PatchWidget(AbstractWidget[PatchView]):
     "A patch panel, alive."
-    _esm = static("base.js", "numbers.js", "patch.js")
-    _css = static("base.css", "numbers.css", "patch.css")
+    _esm, _css = front("numbers", "patch")
     facts = traitlets.Dict().tag(sync=True)        # of what is shown
     choice = traitlets.Dict().tag(sync=True)       # that is shown: the fields of `Choice`
     latent = traitlets.Int(-1).tag(sync=True)      # the latent of the choice; -1: none
@@ -275,7 +277,7 @@ class PatchWidget(AbstractWidget[PatchView]):
         self.make, self._busy = make, False
         super().__init__(view, {}, facts=packed(view), choice=_dict(view.choice), latent=view.choice.latent)
         self.answers = _answers(self)
-        self.observe(lambda change: self._busy or _turned(self, change), ["latent", "choice"])
+        self.observe(lambda change: _turned(self, change), ["latent", "choice"])
 
     def drawn(self, view: PatchView) -> str: return results_html(view.effect) # view: what is shown
 
@@ -297,4 +299,5 @@ class PatchWidget(AbstractWidget[PatchView]):
         if self.make is None: raise InputError("a panel without a model", "one with", "make it with workbench.patch")
         found, past = self.make(check_choice(choice, self.view)), self.view.tried
         self.show(replace(found, tried=remembered(past, found) if keep else past))
+        if keep: self.keep()
         return self.view

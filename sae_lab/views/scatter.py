@@ -203,8 +203,9 @@ def _largest(view: ScatterView, n: int = 12) -> list[dict]:
 def _legend(view: ScatterView) -> str:
     "Which shape is which group."
     signs = "●◆▲■"
-    return " ".join(f'<span style="white-space:nowrap"><span style="color:{SERIES[i % len(SERIES)]}">{signs[i % 4]}</span> '
-                    f"{caption(group, 40)}</span>" for i, group in enumerate(_groups(view)[:12]) if group)
+    mark = lambda i: f'<span style="color:{SERIES[i % len(SERIES)]}">{signs[i % 4]}</span>'
+    return " ".join(f'<span style="white-space:nowrap">{mark(i)} {caption(group, 40)}</span>'
+                    for i, group in enumerate(_groups(view)[:12]) if group)
 
 def _scatter_html(view: ScatterView) -> str:
     keep, title = drawable(view), f"<b>{caption(view.title)}</b> · " if view.title else ""
@@ -221,6 +222,6 @@ def _scatter_html(view: ScatterView) -> str:
 
 def _scatter_text(view: ScatterView) -> str:
     lines = [token_text(view.title, 200), token_text(_told(view), 300), token_text(view.note, 300)]
-    lines += ["  ".join(f"{key.strip()} {number(value) if isinstance(value, float) else value}" for key, value in row.items())
-              for row in _largest(view, 8)]
+    said = lambda value: number(value) if isinstance(value, float) else value
+    lines += ["  ".join(f"{key.strip()} {said(value)}" for key, value in row.items()) for row in _largest(view, 8)]
     return "\n".join(token_text(each, 400) for each in lines if each)

@@ -17,7 +17,7 @@ import traitlets
 from ..ground.errors import InputError, ShapeError
 from ..ground.html import MONO, escape, number
 from .payload import AbstractPayload, Number, caption, token_text, views
-from .widget import WIDGET, AbstractWidget, static, still, widgets
+from .widget import AbstractWidget, front, widgets
 
 # %% ../../nbs/09_views/31_steering.ipynb #a2fc7403
 OPS = {"add": "adds", "set": "sets to"}
@@ -159,7 +159,8 @@ def _scale(dose: Dose) -> str:
     drawn = "".join(f'<rect x="{x(a):g}" y="9" width="{x(b) - x(a):g}" height="5" fill="#e67300" fill-opacity="{ink}"/>'
                     for a, b, ink in bands if b > a)
     at, says = x(float(dose.value)), escape(f"{number(dose.value)} times the 99 % activation; {standing(dose)[0]}")
-    marker = f'<circle cx="{at:g}" cy="11.5" r="5" fill="currentColor"/><path d="M{x(0):g} 6V17" stroke="currentColor"/>'
+    marker = f'<circle cx="{at:g}" cy="11.5" r="5" fill="currentColor"/>'
+    marker += f'<path d="M{x(0):g} 6V17" stroke="currentColor"/>'
     rail = '<path d="M4 11.5H236" stroke="currentColor" opacity=".35"/>'
     return (f'<svg width="240" height="22" viewBox="0 0 240 22" role="img" aria-label="{says}" '
             f'style="max-width:100%">{rail}{drawn}{marker}</svg>')
@@ -216,13 +217,14 @@ def conditions(view: SteeringView, # any
 def _html(view: SteeringView) -> str:
     title = f'<b style="font-size:15px">{caption(view.title)}</b> ' if view.title else ""
     note = f'<small style="opacity:.75">{caption(view.note, 300)}</small>' if view.note else ""
-    grid = "display:grid;gap:10px 24px;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));margin-top:6px"
+    columns = "grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))"
+    grid = f"display:grid;gap:10px 24px;{columns};margin-top:6px"
     below = "".join(f"<div>{escape(each)}</div>" for each in conditions(view))
     shades = "".join(f'<span style="background:rgb({HUE}/{strength(kl):g})">&nbsp;{number(kl)}&nbsp;</span>'
                      for kl in (0.1, 0.5, 1.0, FULL))
     for most in (1_000, 400, 200, 100):
-        columns = "".join(_column(view, each, most) for each in view.texts)
-        html = (f'<div><div>{title}{note}</div>{_doses(view)}<div style="{grid}">{columns}</div>'
+        texts = "".join(_column(view, each, most) for each in view.texts)
+        html = (f'<div><div>{title}{note}</div>{_doses(view)}<div style="{grid}">{texts}</div>'
                 f'<div style="font-size:12px;opacity:.75;margin-top:6px">KL in nats {shades}{below}</div></div>')
         if len(html.encode()) < 58_000: break
     return html
@@ -280,12 +282,11 @@ def _traits(view: SteeringView) -> dict[str, Any]:
 @widgets.add("steering", idea="sliders on latents; default and steered text, streamed", example=lambda: _live_example())
 class SteeringWidget(AbstractWidget[SteeringView]):
     "Steering in a notebook."
-    _esm = static("base.js", "steering.js")
-    _css = static("base.css", "steering.css")
-    doses = traitlets.List().tag(sync=True)            # {latent, op, value}, one a slider
+    _esm, _css = front("numbers", "steering")
+    doses: traitlets.List = traitlets.List().tag(sync=True)            # {latent, op, value}, one a slider
     known = traitlets.Dict().tag(sync=True)            # by latent: label, unit, marks, top, count, n
-    streams = traitlets.List().tag(sync=True)          # {name, note, tokens, loss, kl}
-    prefix = traitlets.List().tag(sync=True)           # tokens of the prompt as they were read
+    streams: traitlets.List = traitlets.List().tag(sync=True)          # {name, note, tokens, loss, kl}
+    prefix = traitlets.List(traitlets.Unicode()).tag(sync=True)           # tokens of the prompt as they were read
     prompt = traitlets.Unicode().tag(sync=True)        # text to go on from
     n = traitlets.Int(60).tag(sync=True)               # tokens to write at most
     seed = traitlets.Int(0).tag(sync=True)             # of the draws
@@ -299,7 +300,7 @@ class SteeringWidget(AbstractWidget[SteeringView]):
     status = traitlets.Unicode("ready").tag(sync=True) # ready, running, finished, stopped, failed
     said = traitlets.Unicode().tag(sync=True)          # what happened last, in words
     about = traitlets.Dict().tag(sync=True)            # title, note, sentences by error and place
-    can = traitlets.List().tag(sync=True)              # what the kernel answers
+    can = traitlets.List(traitlets.Unicode()).tag(sync=True)              # what the kernel answers
 
     def __init__(self,
                  view: SteeringView,                             # what is shown at first
@@ -309,14 +310,9 @@ class SteeringWidget(AbstractWidget[SteeringView]):
         facts = {"title": token_text(view.title), "note": token_text(view.note, 300), "error": KEPT, "place": PLACES}
         given = {"can": list(answers or {}), "about": facts, "prompt": "".join(view.prompt)}
         super().__init__(view, answers, **(_traits(view) | given | traits))
-        self.closing, self.kept = closing, None
+        self.closing = closing
 
     def drawn(self, view: SteeringView) -> str: return ""  # the script draws from the other traits
-
-    def keep(self, view: SteeringView) -> None: # view: as things stand
-        "Renew the static HTML that stands in the notebook; the sliders stay as they are."
-        self.view = view
-        if self.kept is not None: self.kept.update(_stills(view), raw=True)
 
     def close(self) -> None:
         "End what belongs to it, and take it away."
@@ -324,14 +320,5 @@ class SteeringWidget(AbstractWidget[SteeringView]):
         if closing is not None: closing()
         super().close()
 
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-        self.kept = display(_stills(self.view), raw=True, display_id=True)
-        data = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
-        display({WIDGET: data, "text/plain": ""}, raw=True)
-
 # %% ../../nbs/09_views/31_steering.ipynb #acefef68
-def _stills(view: SteeringView) -> dict:
-    return {"text/html": still(view), "text/plain": view.to_text()}
-
 def _live_example() -> SteeringWidget: return SteeringWidget(_example(), prompt="Once upon a time, one")

@@ -130,6 +130,7 @@ def prompt_view(subject: Subject,        # the model
     view = replace(view, ids=tuple(tokens[0].tolist()), title=title or f"{coder.spec.kind} {coder.d_sae:,}", note=where)
     return with_effects(subject, coder, view, candidates(guess, row.cpu(), wanted, effects), hook)
 
+# %% ../../nbs/10_lab/05_prompt.ipynb #bcce638d
 def _entries(subject, index, tokens, special, row, latent, value) -> PromptView:
     "What fires, without effects."
     latents, which = np.unique(latent.numpy(), return_inverse=True)
