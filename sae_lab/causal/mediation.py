@@ -6,22 +6,21 @@
 __all__ = ['ROWS', 'share', 'Mediation', 'mediate', 'rest_of', 'necessity']
 
 # %% ../../nbs/07_causal/04_mediation.ipynb #4861a104
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from .effects import Density, controls, counted, effect, ranked
 from .metrics import Metric, as_metrics
 from .pairs import Pairs
+from .patching import WAYS, ratio
 from ..ground.errors import InputError
-from ..ground.html import escape, number, table
-from ..ground.sums import Measure, Totals, bootstrap_mean
+from ..ground.html import number, table
+from ..ground.sums import Measure, bootstrap_mean
 from ..sources.subject import Subject
 from ..splice.edits import At, swap
 from ..splice.targets import Heads, Latents, Neurons, Target
@@ -34,9 +33,8 @@ def share(name:str,                         # what it is the share of
           seed:int=0,                       # of the interval
 )->Measure:                                 # 1: all of it; NaN where the whole is 0 on average
     "Mean of a part over mean of the whole, 95 % interval over prompts."
-    sums = Totals.of({"part": torch.as_tensor(part.copy()), "whole": torch.as_tensor(whole.copy())},
-                     torch.arange(len(part)), seed, 1000)
-    return sums.measure(name, lambda total: total["part"] / total["whole"], "share", "neither", null)
+    value, low, high = map(float, ratio(part, whole, seed))
+    return Measure(name, value, low, high, "share", "neither", len(part), null=null)
 
 # %% ../../nbs/07_causal/04_mediation.ipynb #1efd9e16
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,11 +60,13 @@ class Mediation:
 
 
 def _measure(found:Mediation, kind:str, i:int)->Measure:
-    if kind == "share": return share("indirect over total", found.indirect[i], found.total, None, found.seed)
-    if kind not in ("total", "direct", "indirect"):
+    if kind not in ("total", "direct", "indirect", "share"):
         raise InputError(f"effect {kind!r}", "'total', 'direct', 'indirect' or 'share'")
+    null = float(found.control[i].mean()) if found.control.shape[1] and kind in ("indirect", "share") else None
+    if kind == "share":
+        null = None if null is None else float(ratio(found.control[i].mean(0), found.total, r=0)[0])
+        return share("indirect over total", found.indirect[i], found.total, null, found.seed)
     values = found.total if kind == "total" else getattr(found, kind)[i]
-    null = float(found.control[i].mean()) if kind == "indirect" and found.control.shape[1] else None
     low, high = bootstrap_mean(values, found.seed)
     return Measure(f"{kind} effect on {found.metric.name}", float(values.mean()), low, high, found.metric.unit,
                    "neither", len(values), null=null)
@@ -74,7 +74,7 @@ def _measure(found:Mediation, kind:str, i:int)->Measure:
 # %% ../../nbs/07_causal/04_mediation.ipynb #4ea8207c
 def _said(found:Mediation)->str:
     noop = number(float(found.noop.max(initial=0.0)))
-    return (f"{found.metric.name}, total effect {found.measure('total')} · error kept · no-op changes logits by at most {noop}"
+    return (f"{found.metric.name}, {found.measure('total')} · error kept · no-op changes logits by at most {noop}"
             f" · {found.control.shape[1]} controls of equal norm each")
 
 def _row(found:Mediation, i:int)->dict[str, object]:
@@ -100,11 +100,13 @@ def mediate(subject:Subject,                      # the model
 )->Mediation:                                     # a row for each mediator
     "Total, natural direct and natural indirect effects."
     mediators = [mediators] if isinstance(mediators, Target) else list(mediators)
+    if not mediators: raise InputError("no mediator", "at least one")
     (one,) = as_metrics(metric).values()
     one = one.against(subject.run_with(pairs.clean, {})[0])
     clean, corrupt = (pairs.clean, pairs.last), (pairs.corrupt, pairs.last)
-    through = [effect(subject, swap(target, pairs.corrupt, at), clean, one, controls, density, seed) for target in mediators]
-    around = [effect(subject, swap(target, pairs.clean, at), corrupt, one, 0, None, seed) for target in mediators]
+    mine = lambda each: effect(subject, swap(each, pairs.corrupt, at), clean, one, controls, density, seed)
+    through = [mine(each) for each in mediators]
+    around = [effect(subject, swap(each, pairs.clean, at), corrupt, one, 0, None, seed) for each in mediators]
     before = through[0].clean[one.name]
     return Mediation(tuple(map(str, mediators)), one, around[0].clean[one.name] - before,
                      np.stack([each.edited[one.name] - before for each in around]),
@@ -113,31 +115,46 @@ def mediate(subject:Subject,                      # the model
                      np.array([max(a.noop, b.noop) for a, b in zip(through, around)]), seed)
 
 # %% ../../nbs/07_causal/04_mediation.ipynb #2599a22b
+def _numbers(subject, target:Target)->tuple[tuple[int, ...], int]:
+    "The numbers of a target's parts and how many parts its place has; none for one without parts."
+    if isinstance(target, Latents): return target.latents, target.coder.d_sae
+    if isinstance(target, Neurons): return target.neurons, subject.hooks[subject.hook(target.hook)]
+    return (target.heads, subject.n_heads) if isinstance(target, Heads) else ((), 0)
+
+
+def _others(subject, target:Target)->tuple[int, ...]:
+    "The numbers of the other parts of its place."
+    mine, many = _numbers(subject, target)
+    return tuple(sorted(set(range(many)) - set(mine)))
+
+
+def _with(target:Target, numbers:tuple[int, ...])->Target:
+    "Other parts of the same place."
+    if isinstance(target, Latents): return replace(target, latents=numbers)
+    if isinstance(target, Neurons): return replace(target, neurons=numbers)
+    if isinstance(target, Heads): return replace(target, heads=numbers)
+    raise InputError(f"the rest of {target}", "latents, neurons or heads", "name a set among others")
+
+
 def rest_of(subject:Subject,  # the model
             target:Target,    # latents, neurons or heads
 )->Target:                    # the others at the same place
     "All but a target; raises InputError for one that has no others."
-    if isinstance(target, Latents): kind, held, many = "latents", target.latents, target.coder.d_sae
-    elif isinstance(target, Neurons): kind, held, many = "neurons", target.neurons, subject.hooks[subject.hook(target.hook)]
-    elif isinstance(target, Heads): kind, held, many = "heads", target.heads, subject.n_heads
-    else: raise InputError(f"the rest of {target}", "latents, neurons or heads", "name a set among others")
-    others = tuple(sorted(set(range(many)) - set(held)))
-    if not others: raise InputError(f"{target}, which leaves no others", f"fewer than all {many} {kind}")
-    return replace(target, **{kind: others})
+    mine, many = _numbers(subject, target)
+    if many and len(mine) == many: raise InputError(f"{target}, which leaves no others", f"fewer than all {many}")
+    return _with(target, _others(subject, target))
 
 
 def _random_sets(subject, target:Target, pairs:Pairs, n:int, density, seed:int)->list[Target]:
     "Sets of the same size from the rest; none where the rest is too small."
+    others, size = _others(subject, target), len(_numbers(subject, target)[0])
+    if not others or size > len(others) or not n: return []
     if isinstance(target, Latents):
         rate = counted(subject, target, pairs.clean) if density is None else torch.as_tensor(density)
-        return [replace(target, latents=tuple(row)) for row in controls(target.coder, target.latents, rate, n, seed).tolist()]
-    kind = "heads" if isinstance(target, Heads) else "neurons"
-    others, size = getattr(rest_of(subject, target), kind), len(getattr(target, kind))
-    draw, found = torch.Generator().manual_seed(seed), list[Target]()
-    for _ in range(n if size <= len(others) else 0):
-        picked = torch.randperm(len(others), generator=draw)[:size].tolist()
-        found.append(replace(target, **{kind: tuple(sorted(others[i] for i in picked))}))
-    return found
+        return [_with(target, tuple(row)) for row in controls(target.coder, target.latents, rate, n, seed).tolist()]
+    draw = torch.Generator().manual_seed(seed)
+    picked = [torch.randperm(len(others), generator=draw)[:size].tolist() for _ in range(n)]
+    return [_with(target, tuple(sorted(others[i] for i in each))) for each in picked]
 
 # %% ../../nbs/07_causal/04_mediation.ipynb #c3c42619
 ROWS = {"necessary": ("noise", False), "sufficient": ("denoise", False),
@@ -145,11 +162,12 @@ ROWS = {"necessary": ("noise", False), "sufficient": ("denoise", False),
 
 
 def _shares(subject, pairs:Pairs, target:Target, judge:Callable, ends:Sequence, at:At)->dict[str, np.ndarray]:
-    "The part of each of the four shares, prompt by prompt."
+    "The part of each share that can be asked, prompt by prompt."
     (clean, corrupt), found = ends, {}
     for name, (way, rest) in ROWS.items():
+        if rest and not _others(subject, target): continue
         part = rest_of(subject, target) if rest else target
-        into, values = (pairs.clean, pairs.corrupt) if way == "noise" else (pairs.corrupt, pairs.clean)
+        into, values = (getattr(pairs, side) for side in WAYS[way])
         y = judge(into, swap(part, values, at).edits(subject, into))
         found[name] = clean - y if name.startswith("necessary") else y - corrupt
     return found
@@ -158,7 +176,7 @@ def _shares(subject, pairs:Pairs, target:Target, judge:Callable, ends:Sequence, 
 @torch.no_grad()
 def necessity(subject:Subject,              # the model
               pairs:Pairs,                  # clean and corrupt prompts
-              target:Target,                # latents, neurons or heads
+              target:Target,                # latents, neurons or heads; for others only the first two questions
               metric:Metric|Callable,       # judged by the clean prompt's answers
               at:At=None,                   # tokens exchanged; None: all text
               controls:int=4,               # random sets of the same size
@@ -170,8 +188,8 @@ def necessity(subject:Subject,              # the model
     one = one.against(subject.run_with(pairs.clean, {})[0])
     judge = lambda tokens, edits: one(subject.run_with(tokens, edits)[0], tokens).double().cpu().numpy()
     ends = judge(pairs.clean, {}), judge(pairs.corrupt, {})
-    asked = partial(_shares, subject, pairs, judge=judge, ends=ends, at=at)
-    mine, total = asked(target=target), ends[0] - ends[1]
-    others = [asked(target=each) for each in _random_sets(subject, target, pairs, controls, density, seed)]
-    null = {name: float(np.mean([each[name].mean() for each in others]) / total.mean()) if others else None for name in ROWS}
-    return {name: share(f"{name}: {target}", mine[name], total, null[name], seed) for name in ROWS}
+    asked = lambda each: _shares(subject, pairs, each, judge, ends, at)
+    mine, total = asked(target), ends[0] - ends[1]
+    others = [asked(each) for each in _random_sets(subject, target, pairs, controls, density, seed)]
+    null = lambda name: float(np.mean([each[name].mean() for each in others]) / total.mean()) if others else None
+    return {name: share(f"{name}: {target}", part, total, null(name), seed) for name, part in mine.items()}

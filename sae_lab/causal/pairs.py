@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -61,19 +61,41 @@ class Pairs:
 
     def flipped(self)->"Pairs":
         "Corrupt for clean, and distractor for answer."
-        return replace(self, clean=self.corrupt, corrupt=self.clean, answer=self.distractor, distractor=self.answer,
-                       facts=tuple({**each, "clean": each["corrupt"], "corrupt": each["clean"]} for each in self.facts))
+        return _exchanged(self)
 
     def __getitem__(self, rows:int|slice|list|Tensor)->"Pairs": # rows: as for a tensor; one row gives pairs of one
-        which = torch.arange(len(self))[[rows] if isinstance(rows, int) else rows]
-        taken = {key: getattr(self, key)[which.to(self.clean.device)] for key in
-                 ("clean", "corrupt", "length", "answer", "distractor")}
-        return replace(self, **taken, facts=tuple(self.facts[i] for i in which.tolist()))
+        return _taken(self, torch.arange(len(self))[[rows] if isinstance(rows, int) else rows])
 
-    def _repr_html_(self)->str:
-        out = "; ".join(f"{n:,} left out: {why}" for why, n in self.left_out.items() if n) or "none left out"
-        shown = [{key: each.get(key, "") for key in ("clean", "answer", "corrupt", "distractor")} for each in self.facts[:5]]
-        return table(shown, caption=f"{self.name}: {len(self):,} pairs, {out}")
+    def _repr_html_(self)->str: return _shown(self)
+
+# %% ../../nbs/07_causal/00_pairs.ipynb #a72025f8
+_SIDES = {"clean": "corrupt", "corrupt": "clean", "answer": "distractor", "distractor": "answer"}
+_ROLES = {"IO": "S1", "S1": "IO"}  # of the names in a prompt, once the repeated one is the other
+
+
+def _exchanged(pairs:Pairs)->Pairs:
+    "The pairs the other way round, their facts as well."
+    def turned(fact):
+        made = {_SIDES.get(key, key): value for key, value in fact.items()}
+        if "positions" in fact: made["positions"] = {_ROLES.get(key, key): at for key, at in fact["positions"].items()}
+        if "values" in fact: made["values"] = fact["values"][::-1]
+        return made
+    sides = {key: getattr(pairs, other) for key, other in _SIDES.items()}
+    return replace(pairs, **sides, facts=tuple(map(turned, pairs.facts)))
+
+
+def _taken(pairs:Pairs, which:Tensor)->Pairs:
+    "Some of the pairs."
+    taken = {key: getattr(pairs, key)[which.to(pairs.clean.device)] for key in (*_SIDES, "length")}
+    return replace(pairs, **taken, facts=tuple(pairs.facts[i] for i in which.tolist()))
+
+
+def _shown(pairs:Pairs)->str:
+    "The first pairs, how many there are and how many were left out."
+    out = "; ".join(f"{n:,} left out: {why}" for why, n in pairs.left_out.items() if n) or "none left out"
+    columns = ("clean", "answer", "corrupt", "distractor")
+    rows = [{key: each.get(key, "") for key in columns} for each in pairs.facts[:5]]
+    return table(rows, caption=f"{pairs.name}: {len(pairs):,} pairs, {out}")
 
 # %% ../../nbs/07_causal/00_pairs.ipynb #fc9d6c91
 def _why_not(subject, clean, corrupt, answer, distractor)->str:
@@ -92,7 +114,7 @@ def _ids(subject, row:Mapping[str, Any])->tuple[list[int], ...]:
 
 
 def pairs_of(subject:Subject,                       # whose tokens
-             rows:Iterable[Mapping[str, Any]],      # with clean, corrupt, answer, distractor, what else is known; or `why` there is none
+             rows:Iterable[Mapping[str, Any]],      # clean, corrupt, answer, distractor, facts; or `why` not
              n:int,                                 # pairs wanted
              name:str,                              # of the task
              left_out:Mapping[str, int]|None=None,  # what was left out already, by reason
@@ -111,15 +133,16 @@ def pairs_of(subject:Subject,                       # whose tokens
                                   "answers of one token, prompts of one length", "choose another task or subject")
     return _padded(subject, kept, dict(out), name)
 
-
+# %% ../../nbs/07_causal/00_pairs.ipynb #53bbb18b
 def _padded(subject, kept:list, out:dict, name:str)->Pairs:
     "Rows of ids as tensors."
     longest = max(len(ids[0]) for _, ids in kept)
     pad = next(i for i in (subject.tokenizer.pad_token_id, subject.bos, 0) if i is not None)
-    fill = lambda which: torch.tensor([ids[which] + [pad] * (longest - len(ids[which])) for _, ids in kept], device=subject.device)
-    one = lambda which: torch.tensor([ids[which][0] for _, ids in kept], device=subject.device)
-    length = torch.tensor([len(ids[0]) for _, ids in kept], device=subject.device)
-    return Pairs(fill(0), fill(1), length, one(2), one(3), tuple(row for row, _ in kept), out, name)
+    tensor = lambda rows: torch.tensor(list(rows), device=subject.device)
+    fill = lambda which: tensor(ids[which] + [pad] * (longest - len(ids[which])) for _, ids in kept)
+    one = lambda which: tensor(ids[which][0] for _, ids in kept)
+    facts = tuple(row for row, _ in kept)
+    return Pairs(fill(0), fill(1), tensor(len(ids[0]) for _, ids in kept), one(2), one(3), facts, out, name)
 
 # %% ../../nbs/07_causal/00_pairs.ipynb #b8f9345b
 def _endless(task:Callable, seed:int, split:str)->Iterator:
@@ -136,16 +159,17 @@ def _replaced(text:str, word:str, other:str, last:bool)->str:
     return text[:found.start()] + other + text[found.end():]
 
 
-def _named(subject, tokens:list[int], word:str)->list[int]:
-    "Positions of a word that is one token."
-    return [i for i, each in enumerate(subject.strings(tokens)) if each.strip() == word]
+def _ends(subject, tokens:list[int], word:str)->list[int]:
+    "Position of the last token of each standing of a word."
+    seen = [len(re.findall(rf"\b{re.escape(word)}\b", subject.text(tokens[:i + 1]))) for i in range(len(tokens))]
+    return [max(i for i, n in enumerate(seen) if n < k) + 1 for k in range(1, seen[-1] + 1)]
 
 
 def indirect_object_pairs(subject:Subject,          # whose tokens
                           n:int,                    # pairs
                           seed:int=0,               # of the prompts
                           split:str="held_out",     # or "train": wordings and pairs of names
-)->Pairs:                                           # facts hold the positions IO, S1, S2 and end where names are one token
+)->Pairs:                                           # facts hold `positions`: IO, S1, S2 and end
     "Pairs that differ in the repeated name alone; an unknown split raises UnknownName."
     def rows():
         for prompt in _endless(fable_tasks.indirect_object, seed, split):
@@ -159,10 +183,8 @@ def indirect_object_pairs(subject:Subject,          # whose tokens
 def _roles(subject, pairs:Pairs, i:int)->dict:
     "The facts of a pair, with the positions of its names."
     fact, ids = pairs.facts[i], pairs.clean[i, :int(pairs.length[i])].tolist()
-    giver, other = (_named(subject, ids, fact[key].strip()) for key in ("distractor", "answer"))
-    whole = len(giver) == 2 and len(other) == 1
-    names = dict(IO=other[0], S1=giver[0], S2=giver[1]) if whole else {}
-    return {**fact, "positions": {**names, "end": len(ids) - 1}}
+    giver, other = (_ends(subject, ids, fact[key].strip()) for key in ("distractor", "answer"))
+    return {**fact, "positions": dict(IO=other[0], S1=giver[0], S2=giver[-1], end=len(ids) - 1)}
 
 # %% ../../nbs/07_causal/00_pairs.ipynb #e172ffbb
 def agreement_pairs(subject:Subject,          # whose tokens
@@ -194,7 +216,8 @@ def pronoun_pairs(subject:Subject,          # whose tokens
             name, kind = prompt.meta["name"], prompt.meta["kind"]
             wrong = next(key for key, forms in PRONOUNS.items() if prompt.distractor.strip() in forms[:3])
             free = [each for each in lexicon()["names"][wrong] if held_out(each, kind) == (split == "held_out")]
-            other = (free or lexicon()["names"][wrong])[(seed + i) % len(free or lexicon()["names"][wrong])]
+            free = free or lexicon()["names"][wrong]
+            other = free[(seed + i) % len(free)]
             yield dict(prompt.meta, clean=prompt.text, corrupt=_replaced(prompt.text, name, other, last=False),
                        answer=prompt.answer, distractor=prompt.distractor, other=other)
     return pairs_of(subject, rows(), n, f"pronoun agreement, {split}")
@@ -251,9 +274,10 @@ def _blimp(path:Path)->list[dict]:
     "Rows of BLiMP as pairs that lack a corrupt prompt."
     need, rows = ("one_prefix_prefix", "one_prefix_word_good", "one_prefix_word_bad"), []
     for row in _json_lines(path, "sentence_good", "one_prefix_method"):
-        if not row["one_prefix_method"] or not set(need) <= row.keys(): rows.append(dict(why="not one prefix and two words"))
-        else: rows.append(dict(clean=row[need[0]], answer=" " + row[need[1]], distractor=" " + row[need[2]],
-                               pairID=row.get("pairID", ""), UID=row.get("UID", path.stem)))
+        if row["one_prefix_method"] and set(need) <= row.keys():
+            rows.append(dict(clean=row[need[0]], answer=" " + row[need[1]], distractor=" " + row[need[2]],
+                             pairID=row.get("pairID", ""), UID=row.get("UID", path.stem)))
+        else: rows.append(dict(why="not one prefix and two words"))
     return rows
 
 
@@ -262,7 +286,8 @@ def _matched(subject, rows:list[dict])->Iterator[dict]:
     speak = lambda row: _ids(subject, {**row, "corrupt": row["clean"]})[0]
     ids = [speak(row) if "clean" in row else [] for row in rows]
     by: dict[tuple, list[int]] = {}
-    for i, row in enumerate(rows): by.setdefault((row.get("answer"), row.get("distractor"), len(ids[i])), []).append(i)
+    for i, row in enumerate(rows):
+        by.setdefault((row.get("answer"), row.get("distractor"), len(ids[i])), []).append(i)
     for i, row in enumerate(rows):
         near = by.get((row.get("distractor"), row.get("answer"), len(ids[i])), []) if "clean" in row else []
         apart = [(sum(a != b for a, b in zip(ids[i], ids[j])), j) for j in near]
@@ -283,7 +308,7 @@ def blimp_pairs(subject:Subject,          # whose tokens
     given = _matched(subject, rows) if matched else ({**row, "corrupt": row.get("clean", "")} for row in rows)
     return pairs_of(subject, given, n, f"BLiMP {path.stem}")
 
-
+# %% ../../nbs/07_causal/00_pairs.ipynb #e99fd74b
 def agreement_file_pairs(subject:Subject,     # whose tokens
                          path:str|Path,       # a file of Marks et al., or its name: "simple_test"
                          n:int=1000,          # pairs at most
