@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'Coders', 'Activations', 'read_splitting', 'Splitting', 'c
 
 # %% ../../nbs/05_features/06_splitting.ipynb #f3e34517
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
@@ -27,7 +27,7 @@ from .evidence import Side, judged, q_values
 from .index import FeatureIndex
 from .products import by_token, same_tokens
 from ..ground.errors import InputError, ShapeError
-from ..ground.files import atomic_folder, read_manifest, write_manifest
+from ..ground.files import atomic_folder, hash_json, read_manifest, write_manifest
 from ..ground.html import table
 from ..ground.sums import bootstrap_mean
 
@@ -286,7 +286,18 @@ def _states(edges: pd.DataFrame, rows: Sequence, indexes: Sequence, fdr: float, 
 # %% ../../nbs/05_features/06_splitting.ipynb #15f599f2
 def prefixes(coder: Dictionary,      # of the kind `matryoshka`
              index: Activations,     # of the whole coder
-             ) -> tuple[dict[str, AbstractCoder], list[csr_array]]: # coders by name, activations of each, for `split`
+             ) -> tuple[dict[str, AbstractCoder], list]: # coders by name; of each what was given, for `split`
     "The nested dictionaries of a Matryoshka coder as a ladder."
-    codes, sizes = _codes(index), prefix_sizes(coder)
-    return {f"first {m}": prefix(coder, size=m) for m in sizes}, [csr_array(codes[:, :m]) for m in sizes]
+    made = {f"first {m}": prefix(coder, size=m) for m in prefix_sizes(coder)}
+    if isinstance(index, FeatureIndex): return made, [_first(index, each) for each in made.values()]
+    codes = _codes(index)
+    return made, [csr_array(codes[:, :each.d_sae]) for each in made.values()]
+
+def _first(index: FeatureIndex, part: AbstractCoder) -> FeatureIndex:
+    "The index of a prefix: the first of the lists, in the same files."
+    m, n = part.d_sae, int(index.indptr[part.d_sae])
+    if m == index.d_sae: return index
+    coder = {"identity": part.identity, "spec": part.spec.to_json()}
+    facts = index.facts | {"d_sae": m, "hash": hash_json([index.facts["hash"], m]), "coder": coder}
+    return replace(index, facts=facts, indptr=index.indptr[:m + 1], position=index.position[:n],
+                   value=index.value[:n], raw={name: column[:m] for name, column in index.raw.items()})

@@ -8,7 +8,7 @@ __all__ = ['RARE', 'DENSE', 'STATES', 'NAMES', 'SIDE', 'MAIN', 'BELOW', 'LatentC
 
 # %% ../../nbs/09_views/05_card.ipynb #9b6bd881
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..ground.html import SANS, escape, number, percent
@@ -231,6 +231,10 @@ def _example() -> LatentCard:
              "mean": 1.31, "max": 4.0, "norm": 1.0, "encoder": 1.4, "bias": -0.31, "cosine": 0.71}
     close = tuple(Row(f"latent {i}", cosine, latent=i) for i, cosine in ((88, 0.61), (5, 0.4), (301, -0.22)))
     near = Ranking("nearest decoders", close, "cosine, of 512 latents", full=1)
+    alike = Ranking("correlated latents", (Row("latent 88", 0.58, 0.55, 0.6, latent=88),), "Pearson r, of 511", "", 1)
+    neurons = Ranking("neurons", (Row("neuron 1.12", 0.044), Row("neuron 1.403", 0.036)), "share of decoder norm²")
+    heads = Ranking("sources", (Row("head 2", 1.9, 1.6, 2.2), Row("head 0", -0.4, -0.7, -0.1)), "mean part of x · w")
+    silent = replace(made[0], values=(0.0,) * len(words))
     f1 = Ranking("concepts", (Row("animal", 0.72, 0.66, 0.77), Row("subject of a verb", 0.31, 0.27, 0.36)), "F1", "", 1)
     return LatentCard(17, stats, 100_000, "topk-512 · blocks.1.mlp.hook_post · fables",
                       activation_histogram([0, 1, 2, 3, 4], [800, 90, 12, 3], silent=99_095),
@@ -239,6 +243,8 @@ def _example() -> LatentCard:
                        Group("by rank of activation", "uniform samples of bands of equal count", (), "rank"),
                        Group("50 to 100 %", "0.9 – 4, n = 452 (50 %)", tuple(made[3:]), "rank"),
                        Group("by value of activation", "uniform samples of bands of equal width", (), "value"),
-                       Group("4/5 to 5/5 of max", "3.2 – 4, n = 3 (0.33 %)", tuple(made[:1]), "value")),
+                       Group("4/5 to 5/5 of max", "3.2 – 4, n = 3 (0.33 %)", tuple(made[:1]), "value"),
+                       Group("near misses", "it is silent, although one of its top tokens is there", (), "near"),
+                       Group("silent", "1 window", (silent,), "near")),
                       explanation=Explanation("the word “fox”", "token rules", 0.83, 0.79, 0.87, "detection", 100),
-                      rankings=(near, f1))
+                      rankings=(near, f1, alike, neurons, heads))

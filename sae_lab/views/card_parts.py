@@ -189,7 +189,7 @@ def _sides(each: Window, scale: Number, detail: int) -> tuple[str, str]:
             token_html(*halves[1], scale, None if each.focus is None else 0, detail))
 
 # %% ../../nbs/09_views/045_card_parts.ipynb #1d486ec0
-COLUMNS = "display:grid;grid-template-columns:150px 52px 46fr 54fr"  # group, activation, text left, text right
+COLUMNS = "display:grid;grid-template-columns:clamp(150px,24%,184px) 52px 46fr 54fr"  # group, activation, text left, text right
 CUT = 'style="overflow:hidden"'
 
 def window_html(each: Window,   # a window
