@@ -1,4 +1,5 @@
 "Build the site in _docs from the notebooks: reference, course, gallery, benches, architecture. Needs no network."
+import argparse
 import importlib.util
 import json
 import re
@@ -45,13 +46,25 @@ def section(name: str, title: str, names: list[str]) -> str:
 
 
 def notebooks(folder: str) -> list[str]:
-    "Lay out the notebooks of a folder; one that `sae-lab tour` executed is shown with what it found."
+    "Lay out the notebooks of a folder; one that was executed below runs/ is shown with what it found."
     names = []
     for notebook in sorted((ROOT / "nbs" / folder).glob("*.ipynb")):
         done = ROOT / "runs" / notebook.stem / notebook.name
         page(done if done.is_file() else notebook, SOURCE / folder / notebook.name)
         names.append(notebook.stem)
     return names
+
+
+def run_course() -> None:
+    "Run each notebook of the course that is newer than its executed copy in runs/; the ladder is trained once."
+    from sae_lab.tour import run_notebook, terminal
+    for notebook in sorted((ROOT / "nbs" / "tutorials").glob("0*.ipynb")):
+        done = ROOT / "runs" / notebook.stem / notebook.name
+        if done.is_file() and done.stat().st_mtime > notebook.stat().st_mtime:
+            continue
+        part = done.with_suffix(".part")
+        print(f"{notebook.stem}: {run_notebook(notebook, part, terminal()):.0f} s")
+        part.replace(done)  # only where no cell failed
 
 
 def family(name: str) -> str:
@@ -83,19 +96,29 @@ def browser():
         chromium.close()
 
 
+def alone(name: str) -> tuple[str, str]:
+    "A widget's example as a page of its own, and what on it is the widget."
+    from sae_lab.views.circuitsvis import circuits_page
+    from sae_lab.views.widget import standalone, widgets
+    example = widgets[name].meta["example"]()
+    if name == "circuitsvis" and importlib.util.find_spec("circuitsvis"):  # no kernel hands out its bundle there
+        return circuits_page([example.view], name), "#sl-cv-0"
+    return standalone(example, name), "#live"
+
+
 def portrait(chromium, name: str) -> str:
     "Lay out a widget as a page of its own and as two pictures of it; the HTML that shows them."
-    from sae_lab.views.widget import standalone, widgets
     folder = SOURCE / "extra" / "gallery"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.html").write_text(standalone(widgets[name].meta["example"](), name), encoding="utf-8")
+    html, place = alone(name)
+    (folder / f"{name}.html").write_text(html, encoding="utf-8")
     shown = f'<p><a href="gallery/{name}.html">Open it</a>: all but what takes a kernel works there.</p>'
     for scheme in ("light", "dark") if chromium else ():
         page = chromium.new_page(viewport={"width": 1100, "height": 700}, color_scheme=scheme, device_scale_factor=1.5)
         page.goto((folder / f"{name}.html").as_uri())
         page.locator("#still").wait_for(state="detached")
-        page.wait_for_timeout(300)
-        page.locator("#live").screenshot(path=folder / f"{name}-{scheme}.png")
+        page.wait_for_timeout(500)
+        page.locator(place).screenshot(path=folder / f"{name}-{scheme}.png")
         page.close()
         shown += f'<img class="only-{scheme}" alt="{name}" src="gallery/{name}-{scheme}.png" style="max-width:100%">'
     return shown
@@ -148,7 +171,11 @@ def about() -> list[str]:
 
 
 def main() -> None:
-    "Lay the pages out and let Sphinx make them HTML."
+    "Run the course, lay the pages out and let Sphinx make them HTML."
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--as-it-is", action="store_true", help="do not run the course: show what was run before")
+    if not parser.parse_args().as_it_is:
+        run_course()
     shutil.rmtree(OUT, ignore_errors=True)
     SOURCE.mkdir(parents=True)
     for name in ("conf.py", "mathml.py"):

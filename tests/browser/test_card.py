@@ -175,7 +175,7 @@ traitlets.link((one, "latent"), (two, "latent"));
 
 
 def test_on_a_kernel(new_book, tmp_path):
-    book = new_book().open("card.ipynb", CELLS, "one", "two").run(300)
+    book = new_book().open("card.ipynb", CELLS, "one", "Board([number, two])").run(300)
     page, one, two = book.page, book.cell(1).locator(".sl-card"), book.cell(2).locator(".sl-card")
     one.locator(".sl-w u .sl-t").nth(1).hover()
     one.locator(".sl-effect").wait_for(timeout=60_000)
@@ -190,4 +190,10 @@ def test_on_a_kernel(new_book, tmp_path):
     first.click()
     for each in (one, two):
         each.get_by_text(f"latent {wanted}", exact=True).wait_for(timeout=60_000)
+    control = book.cell(2).locator(".widget-text input")
+    assert control.input_value() == wanted, "a control of ipywidgets follows"
+    control.fill("9")
+    control.press("Enter")
+    for each in (one, two):
+        each.get_by_text("latent 9", exact=True).wait_for(timeout=60_000)
     assert page.errors == [] and page.outside == []

@@ -110,6 +110,26 @@ def test_widgets_are_saved_and_drawn_again(tmp_path, name):
     assert again.to_html() == widget.view.to_html() and len(saved[name]) == 3
 
 
+@browser
+@pytest.mark.parametrize("name", widgets.names())
+def test_every_widget_is_printed(tmp_path, name):
+    "One page of a column's width with its fonts inside, letters of the SVG as paths, a PNG, and what is drawn as CSV."
+    widget = widgets[name].meta["example"]()
+    widget.provenance = {"coder": "ab12", "seed": 3}
+    saved = widget.save_figures(tmp_path / name)
+    assert not saved.left_out
+    files = {path.suffix: path for path in saved[name]}
+    assert set(files) == {".html", ".csv", ".json", ".pdf", ".svg", ".png"}
+    pages, inches, fonts = facts_of(files[".pdf"])
+    assert pages == 1 and abs(inches - WIDTHS["column"]) < 0.02
+    assert fonts and all(embedded == "yes" for _, embedded in fonts), fonts
+    assert "<text" not in files[".svg"].read_text() and files[".png"].read_bytes().startswith(b"\x89PNG")
+    assert json.loads(files[".json"].read_text())["provenance"] == widget.provenance
+    rows = widget.view.rows()
+    with files[".csv"].open(encoding="utf-8", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows) > 0
+
+
 def test_a_board_is_saved_whole_with_its_provenance(tmp_path):
     card = AbstractWidget(CARD)
     card.provenance = {"coder": "ab12", "seed": 3}
