@@ -108,9 +108,12 @@ def dose_view(found: DoseResponse,                    # of one latent, or of sev
 def _curve(part: pd.DataFrame, name: str) -> DoseCurve:
     "One metric; what was not known is left out."
     column = lambda key: tuple(map(float, part[key]))
-    known = lambda *keys: tuple(column(key) if part[keys[0]].notna().any() else () for key in keys)
-    ends, held = known("low", "high"), known("control", "control_low", "control_high")
-    return DoseCurve(name, column("value"), *ends, *held, float(part["clean"].iloc[0]), str(part["unit"].iloc[0]))
+    ends, held = ("low", "high"), ("control", "control_low", "control_high")
+    known = {key: column(key) for keys in (ends, held) if part[keys[0]].notna().any() for key in keys}
+    none: tuple[float, ...] = ()
+    low, high, control, below, above = (known.get(key, none) for key in ends + held)
+    base, unit = float(part["clean"].iloc[0]), str(part["unit"].iloc[0])
+    return DoseCurve(name, column("value"), low, high, control, below, above, base, unit)
 
 # %% ../../nbs/10_lab/083_findings.ipynb #c2c5df1c
 def check_picture(found: Checked,      # of `attribution.check`
