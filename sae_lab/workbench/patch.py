@@ -301,7 +301,7 @@ def _text(panel: Panel, pairs: Pairs) -> str:
     "A prompt without its special tokens."
     return panel.subject.text(pairs.clean[0][text_of(panel.subject, pairs.clean)[0]])
 
-
+# %% ../../nbs/10_lab/085_patch.ipynb #cd19997a
 def with_prompt(widget: PatchWidget,  # of a panel
                 panel: Panel,         # the same
                 **options: Any,       # of `workbench.prompt.prompt`: effects, metric, most
