@@ -76,7 +76,7 @@ def _each(subject, pairs:Pairs)->dict[str, At]:
     "Every token of text, from the front where all prompts are as long, else from the end."
     text, alike = text_of(subject, pairs.clean) & pairs.mask, len(set(pairs.length.tolist())) == 1
     places = torch.arange(text.shape[1], device=text.device) - (0 if alike else pairs.length[:, None])
-    marks = {i: text & (places == i) for i in places[text].unique().tolist()}
+    marks = {i: text & (places == i) for i in places.expand_as(text)[text].unique().tolist()}
     words = {i: {*pairs.clean[mask].tolist(), *pairs.corrupt[mask].tolist()} for i, mask in marks.items()}
     speak = lambda ids: subject.strings([*ids])[0].strip() if len(ids) == 1 and subject.tokenizer is not None else ""
     return {f"{i} {speak(words[i])}".strip(): mask for i, mask in marks.items()}
