@@ -3,7 +3,7 @@
 Everything above sees a subject; only what is said here knows how a model is fetched and bridged.
 """
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ground.errors import InputError, Unavailable
 from ..ground.files import hash_tensors
 
-__all__ = ["DTYPES", "TOKENIZER_FILES", "Reached", "Plain", "pretrained", "native", "untrained"]
+__all__ = ["DTYPES", "TOKENIZER_FILES", "Reached", "Plain", "unharmed", "pretrained", "native", "untrained"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -69,6 +69,30 @@ def _checked_folder(name: str) -> bool:
     return True
 
 
+@contextmanager
+def unharmed(
+    modules: Sequence[nn.Module],  # whose hooks the block sets
+    model: Any = None,  # a bridge that the block runs
+) -> Iterator[None]:
+    "Put everything back when the block fails, also where an interrupt falls between setting a hook and noting it."
+    names = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+    held = [(hooks, type(hooks)(hooks)) for each in modules for hooks in [getattr(each, name) for name in names]]
+    lists = [(handles, list(handles)) for each in modules for handles in [getattr(each, "fwd_hooks", [])]]
+    level, grad = getattr(model, "context_level", 0), torch.is_grad_enabled()
+    try:
+        yield
+    except BaseException:
+        torch.set_grad_enabled(grad)
+        if model is not None:
+            model.context_level = level
+        for hooks, before in held:
+            hooks.clear()
+            hooks.update(before)
+        for handles, before in lists:
+            handles[:] = before
+        raise
+
+
 class Reached(Exception):
     "Raised inside a model when the last wanted place has fired: nothing behind it is computed."
 
@@ -98,20 +122,21 @@ class Plain:
             if stop and len(store) == len(wanted):
                 raise Reached
 
-        try:
-            for name in wanted:
-                module, side = self.places[name]
-                if side == "in":
-                    read = lambda _, args, kw, name=name: keep(name, args or kw.get("hidden_states"))
-                    handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
-                else:
-                    handles.append(module.register_forward_hook(lambda _, args, out, name=name: keep(name, out)))
-            self.model(tokens, use_cache=False)
-        except Reached:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        with unharmed([self.places[name][0] for name in wanted]):
+            try:
+                for name in wanted:
+                    module, side = self.places[name]
+                    if side == "in":
+                        read = lambda _, args, kw, name=name: keep(name, args or kw.get("hidden_states"))
+                        handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
+                    else:
+                        handles.append(module.register_forward_hook(lambda _, args, out, name=name: keep(name, out)))
+                self.model(tokens, use_cache=False)
+            except Reached:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
         return store
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..ground.errors import InputError, ShapeError
-from .subject import Subject, changes
+from .subject import Subject, changes, guarded
 
 # %% ../../nbs/02_sources/065_generate.ipynb #564c7d66
 def gumbel(d_vocab: int,                      # tokens of the vocabulary
@@ -65,9 +65,10 @@ def advance(subject: Subject,                   # the model
         how = dict(past_key_values=cache, attention_mask=torch.ones_like(tokens))
         if "position_ids" in inspect.signature(subject.model.original_model.forward).parameters:
             how["position_ids"] = places
-    with subject.lock, torch.no_grad():
-        return subject.model.run_with_hooks(tokens[:, first:], fwd_hooks=changes(subject, edits),
-                                            return_type="logits_and_cache", use_cache=True, **how)
+    hooks = changes(subject, edits)
+    with subject.lock, guarded(subject, hooks), torch.no_grad():
+        return subject.model.run_with_hooks(tokens[:, first:], fwd_hooks=hooks, return_type="logits_and_cache",
+                                            use_cache=True, **how)
 
 # %% ../../nbs/02_sources/065_generate.ipynb #42d917ef
 @dataclass(frozen=True, eq=False)
@@ -88,11 +89,11 @@ def _asked(subject: Subject, tokens: Tensor, n: int, temperature: float, top_k: 
         raise InputError(f"{tokens.shape[1]} tokens and {n} new ones", f"at most the context of {subject.n_ctx}",
                          "ask for fewer, or cut the prompt", tokens=tokens.shape[1], n=n, n_ctx=subject.n_ctx)
     pad = getattr(subject.tokenizer, "pad_token_id", None)
-    ends = (tokens[:, -1] == (subject.bos if pad is None else pad)) if subject.tokenizer else tokens[:, -1] < 0
+    ends = tokens[:, -1] == (-1 if subject.bos is None else subject.bos) if pad is None else tokens[:, -1] == pad
     if bool(ends.any()) and not bool(ends.all()):
         raise InputError("rows with padding at the end", "prompts of one length", "generate row by row")
 
-
+# %% ../../nbs/02_sources/065_generate.ipynb #ecf1f627
 def steps(subject: Subject,                  # the model
           tokens: Int[Tensor, "batch pos"],  # prompts of one length, no padding
           n: int,                            # new tokens a row, at most
@@ -114,7 +115,7 @@ def _steps(subject, tokens, n, edits, pick, stop, keep) -> Iterator[Step]:
     first, cache, ids = 0, None, torch.tensor(stop, dtype=tokens.dtype, device=tokens.device)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(n):
-        made = edits(tokens, first) if callable(edits) else edits or {}
+        with torch.no_grad(): made = edits(tokens, first) if callable(edits) else edits or {}
         if keep: logits, cache = advance(subject, tokens, first, made, cache)
         else: logits = subject.run_with(tokens, made)[0]
         first = tokens.shape[1] if cache is not None else 0

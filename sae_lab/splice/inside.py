@@ -133,7 +133,8 @@ class Way:
         mine = mine if self.edit is None else self.edit(mine)
         new = self.coder.decode(self._shown(mine, self.taps, where), seen)
         if not self.keep: return None, new
-        return self.coder.decode(self._shown(codes, self.taps.silent, where), x), new
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradients != "features"):
+            return self.coder.decode(self._shown(codes, self.taps.silent, where), x), new
 
     def _codes(self, x, taps, where) -> Codes:
         if not taps.at("acts_pre"): return self.coder.encode(x)

@@ -18,7 +18,7 @@ from ..coders.contract import AbstractCoder
 from ..ground.errors import InputError, ShapeError
 from ..ground.sparse import Codes
 from ..sources.subject import Subject
-from .splice import Hooks, Ports, joined, placed, ports
+from .splice import Hooks, Ports, live, placed, ports
 
 # %% ../../nbs/03_splice/015_targets.ipynb #99d0d987
 def values_of(codes:Codes,               # of n tokens
@@ -92,10 +92,11 @@ class Target(ABC):
         now, read, write = where[:, start:], self.read(subject), self.write(subject)
         encode = _encoded if memory is None else lambda coder, x: memory.codes(coder, (tokens, now), x)
         part = lambda x: self.put(subject, x, change, error, encode)
-        if len(read) == 1: return _live(subject, read[0], write, now, part)
-        rows, add = part(_read(self, subject, tokens, before())[:, start:][now])
-        parts = rows.split(_widths(subject, write), -1)
-        return {subject.hook(name): placed(one, now, add) for name, one in zip(write, parts)}
+        if len(read) == 1:
+            look = lambda x: _split(subject, write, *part(x[now]))
+            return live(read[0], write, look, lambda made, i, y: placed(made[i][0], now, made[i][1])(y))
+        made = _split(subject, write, *part(_read(self, subject, tokens, before())[:, start:][now]))
+        return {name: placed(one, now, add) for name, (one, add) in zip(write, made)}
 
 # %% ../../nbs/03_splice/015_targets.ipynb #7f986bf4
 def _read(target:Target, subject, tokens, edits)->Tensor:
@@ -105,23 +106,9 @@ def _read(target:Target, subject, tokens, edits)->Tensor:
     return torch.cat([acts[name] for name in hooks], -1)
 
 
-def _widths(subject, hooks)->list[int]: return [subject.hooks[subject.hook(name)] for name in hooks]
-
-
-def _live(subject, read:str, write, where, part)->Hooks:
-    "Read one hook, then write, in the same run."
-    held: list = []
-
-    def look(x):
-        held[:] = [part(x[where])]
-        return x
-
-    def write_at(number):
-        def put(y):
-            if not held: raise InputError(f"{write[number]} fires before {read}", "a hook at or after the one read")
-            return placed(held[0][0].split(_widths(subject, write), -1)[number], where, held[0][1])(y)
-        return put
-    return joined({subject.hook(read): look}, {subject.hook(name): write_at(i) for i, name in enumerate(write)})
+def _split(subject, write:Sequence[str], rows:Tensor, add:bool)->list[tuple[Tensor, bool]]:
+    "Rows for each hook written, and whether they are added there."
+    return [(part, add) for part in rows.split([subject.hooks[name] for name in write], -1)]
 
 # %% ../../nbs/03_splice/015_targets.ipynb #120b9ce7
 def _numbers(what:str, wanted:tuple[int, ...], known:int)->tuple[int, ...]:
@@ -214,7 +201,7 @@ class Directions(Target):
     def take(self, subject, x): return x @ self.rows.to(x).T
     def put(self, subject, x, change, error, encode):
         values = self.take(subject, x)
-        return (change(values) - values) @ self.dual.to(x), True
+        return (change(values).to(values) - values) @ self.dual.to(x), True
     def __str__(self): return f"{len(self.rows)} direction{'s' * (len(self.rows) > 1)} at {self.hook}"
 
 # %% ../../nbs/03_splice/015_targets.ipynb #77c6d967
