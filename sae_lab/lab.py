@@ -39,6 +39,7 @@ from .training.fit import fit
 from .views.card import LatentCard, latent_card
 from .views.curves import training_curves
 from .views.logits import logit_table
+from .workbench import causal_desk as cause
 from .workbench import desk
 
 # %% ../nbs/10_lab/20_lab.ipynb #b46d77b7
@@ -293,6 +294,7 @@ class Lab:
     begin, monitor, keep = desk.begin, desk.monitor, desk.keep
     labels, splitting, explore = desk.labels, desk.splitting, desk.explore
     attention, neurons, origin = desk.attention, desk.neurons, desk.origin
+    patch, steer, heatmap, dose, attribute = cause.patch, cause.steer, cause.heatmap, cause.dose, cause.attribute
     pick, text, open = pick, packed, staticmethod(reopen)
 
     def __init__(
