@@ -1,12 +1,11 @@
 "Best correlations against dense numpy, and seeds of a network whose features are known by other means."
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from modular import D_MLP, KEYS, MODELS, A, B, P, forward, power, weights
 from test_products import codes, memory
 
 from sae_lab.coders.contract import make
@@ -15,11 +14,6 @@ from sae_lab.features.universality import best_latent, channel_correlation, medi
 from sae_lab.ground.errors import InputError
 from sae_lab.sources.stream import TensorSource
 from sae_lab.training.fit import train
-
-P, D_MLP = 113, 512
-ROOT = Path(__file__).resolve().parents[2]
-MODELS = Path(os.environ.get("SAE_LAB_DATA", ROOT.parent / "shared" / "data")) / "models" / "modular_addition_5_seeds"
-KEYS = {0: {15, 18, 1, 8}, 1: {1, 30, 38, 49}, 2: {49, 3, 19, 44}, 3: {36, 38, 49}, 4: {19, 15, 7, 20, 36}}
 
 
 def pearson(x, y):
@@ -99,35 +93,6 @@ def test_interval_of_a_median_covers():
     assert 0.9 <= np.mean(inside) <= 0.99
 
 
-def modular(seed):
-    "MLP activations [113 * 113, 512] of one network on every pair, and its accuracy; plain torch."
-    folder = next(MODELS.glob("lr-*" if seed == 0 else f"seed{seed}-*"))
-    w = torch.load(folder / "model_epoch_60000.pt", map_location="cpu", weights_only=True)
-    a, b = torch.arange(P).repeat_interleave(P), torch.arange(P).repeat(P)
-    x = w["embed.W_E"][torch.stack([a, b, torch.full_like(a, P)], 1)] + w["pos_embed.W_pos"]
-    weight = lambda name: w[f"blocks.0.{name}"]
-    q = torch.einsum("nd,hde->nhe", x[:, 2], weight("attn.W_Q")) + weight("attn.b_Q")
-    k, v = (
-        torch.einsum("npd,hde->nphe", x, weight(f"attn.W_{c}")) + weight(f"attn.b_{c}") for c in "KV"
-    )
-    pattern = (torch.einsum("nhe,nphe->nhp", q, k) / 32**0.5).softmax(-1)
-    z = torch.einsum("nhp,nphe->nhe", pattern, v)
-    mid = x[:, 2] + torch.einsum("nhe,hed->nd", z, weight("attn.W_O")) + weight("attn.b_O")
-    mlp = torch.relu(mid @ weight("mlp.W_in") + weight("mlp.b_in"))
-    out = mid + mlp @ weight("mlp.W_out") + weight("mlp.b_out")
-    logits = out @ w["unembed.W_U"] + w["unembed.b_U"]
-    return mlp, float((logits.argmax(1) == (a + b) % P).double().mean())
-
-
-def power(acts):
-    "Power of each column at each frequency 1 to 56 of a, of b, of a + b and of a - b, [m, 56]; the constant left out."
-    spectrum = torch.fft.fft2(acts.T.reshape(-1, P, P).double()).abs().square()
-    f, g = torch.arange(1, 57), P - torch.arange(1, 57)
-    zero = torch.zeros_like(f)
-    pairs = [(f, zero), (g, zero), (zero, f), (zero, g), (f, f), (g, g), (f, g), (g, f)]
-    return sum(spectrum[:, i, j] for i, j in pairs)
-
-
 def dominant(found):
     "Share of the columns that vary in which each frequency is the strongest: frequency -> share."
     which = found[found.sum(1) > 0].argmax(1) + 1
@@ -139,8 +104,8 @@ def dominant(found):
 @pytest.mark.parametrize("seed", sorted(KEYS))
 def test_coders_find_the_key_frequencies_of_their_own_seed(seed):
     "Latents of a coder trained on one network's MLP carry that network's key frequencies, as its neurons do."
-    mlp, accuracy = modular(seed)
-    assert accuracy >= 0.999
+    mlp, logits = forward(weights(seed))
+    assert (logits.argmax(1) == (A + B) % P).double().mean() >= 0.999
     coder = make("topk", d_in=D_MLP, d_sae=128, k=16, seed=0)
     source = TensorSource(mlp, batch=512, seed=0, epochs=10)
     (coder,) = train(coder, source, progress=False, seed=0).values()
