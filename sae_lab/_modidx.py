@@ -2430,6 +2430,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'sae_lab.splice.inside.Taps.__call__': ( '03_splice/inside.html#taps.__call__',
                                                                                 'sae_lab/splice/inside.py'),
                                        'sae_lab.splice.inside.Taps.at': ('03_splice/inside.html#taps.at', 'sae_lab/splice/inside.py'),
+                                       'sae_lab.splice.inside.Taps.live': ('03_splice/inside.html#taps.live', 'sae_lab/splice/inside.py'),
                                        'sae_lab.splice.inside.Taps.silent': ( '03_splice/inside.html#taps.silent',
                                                                               'sae_lab/splice/inside.py'),
                                        'sae_lab.splice.inside.Way': ('03_splice/inside.html#way', 'sae_lab/splice/inside.py'),
