@@ -25,7 +25,7 @@ from ..coders.dictionary import Dictionary
 from ..coders.matryoshka import prefix, prefix_sizes
 from .evidence import Side, judged, q_values
 from .index import FeatureIndex
-from .products import by_token, same_tokens
+from .products import by_column, same_tokens
 from ..ground.errors import InputError, ShapeError
 from ..ground.files import atomic_folder, hash_json, read_manifest, write_manifest
 from ..ground.html import table
@@ -194,7 +194,7 @@ def next_states(shown: pd.DataFrame, # shown edges of one level
     own, heir = main.groupby("parent").child.transform("size"), heirs(shown, same)
     kept = (own == 1) | (main.parent.map(heir) == main.child)
     state[main.child] = np.where(kept, "kept", "split")
-    gone = absorbers(main[~kept], heir, a.codes.tocsc(), b.codes.tocsc(), fdr)
+    gone = absorbers(main[~kept], heir, a.codes, b.codes, fdr)
     state[sorted(gone)] = "absorbed"
     return state
 
@@ -202,12 +202,17 @@ def next_states(shown: pd.DataFrame, # shown edges of one level
 Coders = Mapping[str, AbstractCoder | Tensor] | Sequence[AbstractCoder | Tensor]
 Activations: TypeAlias = FeatureIndex | csr_array | csc_array
 
-def _codes(of: Activations) -> csr_array:
-    "Activations by token, of the tokens that the coder saw, without stored zeros."
-    codes = csr_array(of, copy=True) if not isinstance(of, FeatureIndex) else by_token(of)[of.text.seen.reshape(-1)]
-    codes.eliminate_zeros()
-    codes.sort_indices()
-    return codes
+def _codes(of: Activations) -> csc_array:
+    "Activations by latent, of the tokens that the coder saw; of an index the files themselves where it saw all."
+    if not isinstance(of, FeatureIndex):
+        codes = csc_array(of, copy=True)
+        codes.eliminate_zeros()
+        codes.sort_indices()
+        return codes
+    columns, seen = by_column(of), of.text.seen.reshape(-1)
+    if seen.all(): return columns
+    place = (np.cumsum(seen, dtype=np.int32) - 1)[columns.indices]
+    return csc_array((columns.data, place, columns.indptr), shape=(int(seen.sum()), of.d_sae), copy=False)
 
 def _rows(coder: AbstractCoder | Tensor) -> Tensor:
     return coder if isinstance(coder, Tensor) else coder.W_dec.detach()

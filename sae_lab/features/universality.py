@@ -114,12 +114,12 @@ def universality(index:FeatureIndex,                                # whose late
                  seed:int=0,                                        # of the intervals
 )->Universality:                                                    # a line for each, side by side
     "Hold every latent against other dictionaries, neurons and controls."
-    nulls = {f"{name}, tokens moved": moved(other) for name, other in against.items()
+    nulls = {f"{name}, tokens moved": other for name, other in against.items()
              if null and isinstance(other, FeatureIndex)}
     count = margins(index).count
     best, lines = pd.DataFrame({"count": count}).rename_axis("latent"), []
     for name, other in {**against, **nulls}.items():
-        candidates, value = _best(index, other, least)
+        candidates, value = _best(index, moved(other) if name in nulls else other, least)
         best[name] = np.where(count >= max(least, 1), value, np.nan)
         lines.append(_row(name, candidates, best[name].to_numpy(), level, seed))
     return Universality(index.n_tokens, level, pd.DataFrame(lines), best)
