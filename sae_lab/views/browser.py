@@ -21,6 +21,7 @@ from ..ground.errors import InputError, unknown
 from ..ground.html import SANS, number, percent
 from .histograms import BLOCKS, sparkline
 from .payload import AbstractPayload, Number, caption, token_text, views
+from .svg import bar
 from .widget import AbstractWidget, front, widgets
 
 # %% ../../nbs/09_views/22_browser.ipynb #ecb66945
@@ -160,8 +161,8 @@ def _cell(column: Column, value: Any) -> str:
     if column.kind == "shape": return f"<td>{outline(value)}</td>"
     if column.kind == "text": return f"<td>{caption(value, 40) if known(value) else '–'}</td>"
     part = share(column, value)
-    grey = f' style="background:linear-gradient(90deg,#8884 {part:.0%},#0000 0) content-box"' if part else ""
-    return f'<td align="right"{grey}>{_told(column, value)}</td>'
+    grey = bar("#8884", part) if part else "none"
+    return f'<td align="right" style="background:{grey} content-box">{_told(column, value)}</td>'
 
 def _row(table: LatentTable, i: int) -> str:
     cells = "".join(_cell(column, column.values[i]) for column in table.columns)

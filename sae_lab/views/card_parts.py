@@ -15,6 +15,7 @@ from typing import Any
 
 from ..ground.html import SANS, escape, number, percent
 from .payload import Number, caption, token_text
+from .svg import bar
 from .tokens import shade, token_html
 
 # %% ../../nbs/09_views/045_card_parts.ipynb #ce2905ac
@@ -93,19 +94,18 @@ def even(value: Number,  # any number
 # %% ../../nbs/09_views/045_card_parts.ipynb #3283a94f
 SOLID, LIGHT, COLD = "#8888", "#8883", "#17d8"  # a bar, its unsure part, a negative bar
 
-def _percent(value: Number | None, most: float) -> int:
-    if value is None or not math.isfinite(value) or not most > 0: return 0
-    return round(100 * min(1.0, abs(value) / most))
+def _part(value: Number | None, most: float) -> float:
+    if value is None or not math.isfinite(value) or not most > 0: return 0.0
+    return round(min(1.0, abs(value) / most), 2)
 
 def bar_style(row: Row,     # one row
               most: float,  # value of a full bar
               ) -> str:     # a CSS background
     "A bar whose unsure part is light."
-    if row.value < 0: return f"linear-gradient(90deg,{COLD} {_percent(row.value, most)}%,#0000 0)"
-    low = _percent(row.value if row.low is None else row.low, most)
-    high = _percent(row.value if row.high is None else row.high, most)
-    tail = f",{LIGHT} 0 {high}%" if high > low else ""
-    return f"linear-gradient(90deg,{SOLID} {low}%{tail},#0000 0)"
+    if row.value < 0: return bar(COLD, _part(row.value, most))
+    low = _part(row.value if row.low is None else row.low, most)
+    high = _part(row.value if row.high is None else row.high, most)
+    return bar(SOLID, low) + (f",{bar(LIGHT, high - low, low)}" if high > low else "")
 
 def _row_html(row: Row, most: float, live: bool) -> str:
     sure = f"{even(row.low, most)} to {even(row.high, most)}" if row.low is not None and row.high is not None else ""
@@ -189,7 +189,8 @@ def _sides(each: Window, scale: Number, detail: int) -> tuple[str, str]:
             token_html(*halves[1], scale, None if each.focus is None else 0, detail))
 
 # %% ../../nbs/09_views/045_card_parts.ipynb #1d486ec0
-COLUMNS = "display:grid;grid-template-columns:clamp(150px,24%,184px) 52px 46fr 54fr"  # group, activation, text left, text right
+# of the group, the activation, the text left and right
+COLUMNS = "display:grid;grid-template-columns:clamp(150px,24%,184px) 52px 46fr 54fr"
 CUT = 'style="overflow:hidden"'
 
 def window_html(each: Window,   # a window

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..ground.html import SANS, escape, number
 from .payload import AbstractPayload, Number, caption, token_text, views
+from .svg import bar
 
 # %% ../../nbs/09_views/10_effect.ipynb #27010e5e
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def lines(seen: TokenEffect, # an effect
 
 def _bar(each: Change, most: float) -> str:
     share = abs(each.by) / most if most > 0 else 0.0
-    fill = f"linear-gradient(90deg,{'#e708' if each.by > 0 else '#17d8'} {share:.0%},#0000 0)"
+    fill = bar("#e708" if each.by > 0 else "#17d8", share)
     return (f'<td style="background:{fill};padding:0 4px">{caption(each.token, 24)}</td>'
             f'<td align="right" style="padding-left:6px">{number(each.before, 2)} → {number(each.after, 2)}</td>')
 

@@ -175,9 +175,14 @@ SHEET = """<!DOCTYPE html>
 *{{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 html,body{{margin:0;background:#fff}}
 details:not([open]){{display:none}}
+[style*="overflow-x:auto"]{{overflow:visible!important}}
+#sheet table{{white-space:normal!important}}
+#sheet code{{white-space:pre}}
 #sheet{{display:flow-root;zoom:{zoom};width:{wide}px;font:14px/1.5 system-ui,'DejaVu Sans',sans-serif}}
 </style></head><body><div id="sheet">{inner}</div><script>
-const tall = Math.ceil(document.getElementById("sheet").getBoundingClientRect().height) + 1;
+const sheet = document.getElementById("sheet"), needed = sheet.scrollWidth / sheet.clientWidth;
+if (needed > 1.001) Object.assign(sheet.style, {{ width: `${{sheet.scrollWidth}}px`, zoom: {zoom} / needed }});
+const tall = Math.ceil(sheet.getBoundingClientRect().height) + 1;
 document.head.append(Object.assign(document.createElement("style"),
   {{textContent: `@page {{ size: {page}px ${{tall}}px; margin: 0 }}`}}));
 </script></body></html>

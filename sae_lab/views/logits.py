@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..ground.html import MONO, number
 from .payload import AbstractPayload, Number, caption, token_text, views
+from .svg import bar
 
 # %% ../../nbs/09_views/04_logits.ipynb #2696f291
 @views.add("logits", idea="promoted and suppressed tokens",
@@ -41,8 +42,7 @@ def _bar(token: str, effect: Number, most: Number) -> str:
     "A row: the token over a bar of its length, and the number."
     share = abs(effect) / most if most > 0 and math.isfinite(effect) else 0.0
     colour = "#e707" if effect > 0 else "#17d7"
-    fill = f"linear-gradient(90deg,{colour} {share:.0%},#0000 0)"
-    style = f"background:{fill};min-width:8em;padding:0 4px;white-space:pre;text-align:left"
+    style = f"background:{bar(colour, share)};min-width:8em;padding:0 4px;white-space:pre;text-align:left"
     return (f'<td style="{style}">{caption(token, 40)}</td>'
             f'<td style="padding:0 16px 0 6px;text-align:right">{_even(effect, most)}</td>')
 

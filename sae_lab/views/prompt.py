@@ -163,7 +163,7 @@ def _best(view: PromptView, order: list[int], metric: str, n: int = 3) -> dict[i
         here = found.setdefault(view.at[i], [])
         colour = ' style="color:#17d"' if value[i] < 0 else ""
         if len(here) < n:
-            here.append(f"<b>{view.latents[view.which[i]]}</b> <small{colour}>{number(value[i], 2)}</small>")
+            here.append(f"<b>{view.latents[view.which[i]]}</b>&nbsp;<small{colour}>{number(value[i], 2)}</small>")
     return {at: " · ".join(parts) for at, parts in found.items()}
 
 def _rows_html(view: PromptView, budget: int) -> tuple[str, int]:

@@ -92,7 +92,9 @@ class Book:
             window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => true),
             new Promise(go => setTimeout(go, 1000 * seconds, false))])""", seconds)
         assert over, f"the cells took more than {seconds} s"
-        wrong = self.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
+        wrong = self.page.evaluate("""() => window.jupyterapp.shell.currentWidget.content.widgets
+            .flatMap((cell) => cell.model.outputs?.toJSON() ?? []).filter((output) => output.output_type === 'error')
+            .map((output) => `${output.ename}: ${output.evalue}`)""")
         assert not wrong, "\n".join(wrong)[-3000:]
         return self
 

@@ -170,7 +170,11 @@ text = named("bundled").split("explain", seed=0).tokens(subject, 4_000)
 index = FeatureIndex.build(coder, Stream(subject, text, (hook,), seed=None), text, tempfile.mkdtemp() + "/index",
                            subject.strings(list(range(subject.d_vocab))))
 one, two = (live_card(subject, coder, index, int(index.stats["count"].idxmax())) for _ in range(2))
-traitlets.link((one, "latent"), (two, "latent"));
+import ipywidgets
+from sae_lab.views.widget import Board
+number = ipywidgets.BoundedIntText(one.latent, min=0, max=127, description="latent")
+traitlets.link((one, "latent"), (two, "latent"))
+traitlets.link((one, "latent"), (number, "value"));
 """
 
 

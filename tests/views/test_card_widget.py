@@ -19,6 +19,8 @@ from sae_lab.sources.stream import Stream
 from sae_lab.sources.subject import Subject
 from sae_lab.views.card import LatentCard
 from sae_lab.views.card_parts import (
+    LIGHT,
+    SOLID,
     Explanation,
     Group,
     Ranking,
@@ -34,6 +36,7 @@ from sae_lab.views.card_widget import CardWidget, live_html
 from sae_lab.views.effect import Change, TokenEffect
 from sae_lab.views.histograms import activation_histogram
 from sae_lab.views.payload import check_view, read_html
+from sae_lab.views.svg import bar
 from sae_lab.views.widget import standalone
 from sae_lab.workbench.card import SIZES, card, heads, live_card, logit_effects, neighbour_rankings, neurons
 from sae_lab.workbench.effect import head_parts, latent_on, token_effect, tried, window_effect
@@ -328,7 +331,7 @@ def test_numbers_of_a_column_share_their_decimals():
     )
     made = ranking([{"name": "a", "value": 0.5, "low": 0.4, "high": 0.6}], "t", full=1)
     assert (
-        "40%" in ranking_html(made)
-        and "60%" in ranking_html(made)
+        bar(SOLID, 0.4) in ranking_html(made)
+        and bar(LIGHT, 0.2, 0.4) in ranking_html(made)
         and evidence(Explanation("x", score=0.5)) == "score 0.5"
     )

@@ -110,6 +110,24 @@ def test_widgets_are_saved_and_drawn_again(tmp_path, name):
     assert again.to_html() == widget.view.to_html() and len(saved[name]) == 3
 
 
+def words_of(pdf):
+    "Words of a PDF and where each ends, as a share of the page's width."
+    told = subprocess.run(["pdftotext", "-bbox", pdf, "-"], capture_output=True, text=True, check=True).stdout
+    wide = float(re.search(r'<page width="([\d.]+)"', told)[1])
+    return [(word, float(end) / wide) for end, word in re.findall(r'xMax="([\d.]+)"[^>]*>([^<]*)</word>', told)]
+
+
+@browser
+@pytest.mark.parametrize("name, last", [("prompt", "effect"), ("browser", "state")])
+def test_broad_tables_are_printed_whole(tmp_path, name, last):
+    "The last column of a table that scrolls on the screen is on the page, at any width."
+    for width in ("column", 2.0):
+        saved = widgets[name].meta["example"]().save_figures(tmp_path / f"{name}{width}", width=width, images=("pdf",))
+        (paths,) = saved.paths.values()
+        words = words_of(next(path for path in paths if path.suffix == ".pdf"))
+        assert last in [word for word, _ in words] and max(end for _, end in words) <= 1.01
+
+
 @browser
 @pytest.mark.parametrize("name", widgets.names())
 def test_every_widget_is_printed(tmp_path, name):
