@@ -43,6 +43,11 @@ class Taps:
         "Whether there is a tap of one of some kinds."
         return any(kind in kinds for kind, _ in self.keys.values())
 
+    def live(self, kind: str) -> bool:  # True: it may change there, or a gradient be asked for
+        "Whether a tap does more than record."
+        names = [name for name, key in self.keys.items() if key[0] == kind]
+        return bool(names) and (torch.is_grad_enabled() or any(name in self.edits for name in names))
+
     @property
     def silent(self) -> "Taps":
         "Taps at the same places that change and record nothing."
@@ -127,21 +132,23 @@ class Way:
              where: Bool[Tensor, "batch pos"],       # tokens that go through the coder
              ) -> tuple[Tensor | None, Float[Tensor, "n d_out"]]: # plain (None: not needed) and edited reconstruction
         "What the coder makes of its input."
-        codes = self._codes(x, self.taps.silent, where)
-        mine = self._codes(seen, self.taps, where) if self.taps.at("input", "acts_pre") else codes
+        pre, dense = self.taps.live("acts_pre"), self.taps.live("acts_post")
+        codes = self._codes(x, self.taps.silent, where, pre)
+        mine = self._codes(seen, self.taps, where, pre) if self.taps.at("input", "acts_pre") else codes
         if self.gradients == "error": mine, seen = mine.detach(), seen.detach()
         mine = mine if self.edit is None else self.edit(mine)
-        new = self.coder.decode(self._shown(mine, self.taps, where), seen)
+        new = self.coder.decode(self._shown(mine, self.taps, where, dense), seen)
         if not self.keep: return None, new
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradients != "features"):
-            return self.coder.decode(self._shown(codes, self.taps.silent, where), x), new
+            return self.coder.decode(self._shown(codes, self.taps.silent, where, dense), x), new
 
-    def _codes(self, x, taps, where) -> Codes:
-        if not taps.at("acts_pre"): return self.coder.encode(x)
-        return chosen(self.coder, taps("acts_pre", 0, preactivations(self.coder, x), where), x)
+    def _codes(self, x, taps, where, live: bool) -> Codes:
+        pre = taps("acts_pre", 0, preactivations(self.coder, x), where) if taps.at("acts_pre") else x
+        return chosen(self.coder, pre, x) if live else self.coder.encode(x)
 
-    def _shown(self, codes, taps, where) -> Codes:
-        return full(taps("acts_post", 0, codes.dense(), where)) if taps.at("acts_post") else codes
+    def _shown(self, codes, taps, where, live: bool) -> Codes:
+        dense = taps("acts_post", 0, codes.dense(), where) if taps.at("acts_post") else codes
+        return full(dense) if live else codes
 
 # %% ../../nbs/03_splice/005_inside.ipynb #c5daafab
 def merged(way: Way,                              # how the coder is run
