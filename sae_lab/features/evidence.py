@@ -134,18 +134,22 @@ def shifted(codes: csc_array,      # [tokens, m] activations by latent
             ) -> csc_array:        # the same, moved along the text and round its end
     "Move activations along the text."
     n = codes.shape[0]
-    place = np.where(codes.indices >= n - by, codes.indices - (n - by), codes.indices + by).astype(codes.indices.dtype)
+    place = ((codes.indices.astype(np.int64) + by) % n).astype(codes.indices.dtype)
     return csc_array((codes.data, place, codes.indptr), shape=codes.shape)
 
 # %% ../../nbs/05_features/055_evidence.ipynb #a7944d1d
-def met(a: csc_array,             # [tokens, m] of the parents, by latent
-        b: csr_array,             # [tokens, d_sae] of the children, by token
+_MEETINGS = 1_000_000  # pairs of latents in hand at once
+
+def met(a: csc_array,                # [tokens, m] of the parents, by latent
+        b: csr_array,                # [tokens, d_sae] of the children, by token
         of_b: Margins | None = None, # sums of the children alone, where known
+        by: int = 0,                 # tokens that the parents are moved along the text
         ) -> Iterator[tuple[np.ndarray, ...]]: # parent, child, correlation, tokens on which both fire
     "Correlations of the pairs that meet, some parents at a time; of pairs that never meet it is not positive."
-    step, of_b = max(1, _CELLS // max(1, b.shape[1])), of_b or margins(b)
+    step, of_b = max(1, _MEETINGS // max(1, b.shape[1])), of_b or margins(b)
     for first in range(0, a.shape[1], step):
-        sums = cross(csc_array(a[:, first:first + step]), b, a.shape[0], of_b)
+        some = csc_array(a[:, first:first + step])
+        sums = cross(shifted(some, by) if by else some, b, a.shape[0], of_b)
         parent, child = np.nonzero(sums.both)
         yield first + parent, child, correlation(sums)[parent, child], sums.both[parent, child]
 
@@ -165,14 +169,15 @@ def correlation_null(a: csc_array,                # [tokens, m] activations of t
                      b: csr_array,                # [tokens, d_sae] of the children, by token
                      draws: int,                  # shifts
                      rng: np.random.Generator,    # where chance comes from
+                     of_b: Margins | None = None, # sums of the children alone, where known
                      ) -> tuple[Tail, dict]:      # tail by stratum; a row of `Splitting.nulls`
     "Correlations of all pairs when parents are shifted along the text, by at least a twentieth of it."
-    n, of_b, sample, top = a.shape[0], margins(b), [], []
+    n, of_b, sample, top = a.shape[0], of_b or margins(b), [], []
     n_a, n_b = np.diff(a.indptr), of_b.count
     count = np.zeros((STRATA, len(STEPS) + 1), np.int64)
     for by in rng.integers(n // 20, n - n // 20, draws).tolist():
         count[:, 0] += strata_of(n_a, n_b, n)
-        for parent, child, r, _ in met(shifted(a, by), b, of_b):
+        for parent, child, r, _ in met(a, b, of_b, by):
             high = r * np.sqrt(n) >= STEPS[0]
             e = n_a[parent[high]] * (n_b[child[high]] / n)
             more = tally(r[high] * np.sqrt(n), stratum(e), np.zeros(STRATA, int))
@@ -240,10 +245,9 @@ class Side:
         return self.codes if len(self.alive) == self.codes.shape[1] else csc_array(self.codes[:, self.alive])
 
 # %% ../../nbs/05_features/055_evidence.ipynb #13de0f07
-def _block(a: csc_array, b: csr_array, least: float, cosine: tuple) -> Iterator[pd.DataFrame]:
+def _block(a: csc_array, b: csr_array, of_b: Margins, least: float, cosine: tuple) -> Iterator[pd.DataFrame]:
     "Pairs of each block that reach the size, and each child's best."
-    n, of_b, n_a = a.shape[0], margins(b), np.diff(a.indptr)
-    n_b = of_b.count
+    n, n_a, n_b = a.shape[0], np.diff(a.indptr), of_b.count
     for parent, child, r, both in met(a, b, of_b):
         base = n_a[parent] / n
         large = both / n_b[child] - base >= least * (1 - base)
@@ -258,12 +262,13 @@ def _block(a: csc_array, b: csr_array, least: float, cosine: tuple) -> Iterator[
 def pairs(a: Side,         # parents
           b: Side,         # children
           least: float,    # chance-corrected share of a child's tokens inside the parent
-          rows: csr_array | None = None, # the children's activations by token, where they are at hand
+          rows: csr_array | None = None,  # the children's activations by token, where they are at hand
+          of_b: Margins | None = None,    # and their sums
           ) -> pd.DataFrame: # a row a pair: evidence, counts, `large` (it reaches the size); places in `alive`
     "Evidence of the pairs that are large enough, and each child's best pair."
     units = unit(a.W[a.alive]), unit(b.W[b.alive])
     by_token = csr_array(b.columns) if rows is None else rows
-    found = pd.concat(_block(a.columns, by_token, least, units), ignore_index=True)
+    found = pd.concat(_block(a.columns, by_token, of_b or margins(by_token), least, units), ignore_index=True)
     best = found.groupby("child").correlation.transform("max") == found.correlation
     return found[found.large | best].reset_index(drop=True)
 
@@ -283,11 +288,11 @@ def judged(a: Side,                     # parents
     "Evidence and p-values of one pair of dictionaries."
     tests = len(a.alive) * len(b.alive)
     if not tests: return _NOTHING.copy(), [], 0
-    rows, n = csr_array(b.columns), a.codes.shape[0]
-    found = pairs(a, b, least, rows)
+    rows, of_b, n = csr_array(b.columns), margins(b.columns), a.codes.shape[0]
+    found = pairs(a, b, least, rows, of_b)
     draws = draws or draws_for(tests)
     near = cosine_null(a.W[a.alive], b.W[b.alive], draws, rng, principal)
-    tail, facts = correlation_null(a.columns, rows, draws, rng)
+    tail, facts = correlation_null(a.columns, rows, draws, rng, of_b)
     parent, n_a, n_b = (found[name].to_numpy() for name in ("parent", "n_parent", "n_child"))
     each = [near.p(parent, found.cosine.to_numpy()), given_p(found.both.to_numpy(), n_a, n_b, n),
             tail.p(found.correlation.to_numpy() * np.sqrt(n), stratum(n_a * n_b / n))]

@@ -26,7 +26,8 @@ def by_column(index:FeatureIndex, # an open index
 )->csc_array:                     # [token positions, d_sae] activations, model units; views of the files
     "The activations of an index as a matrix stored by latent."
     shape = (int(np.prod(index.facts["shape"])), index.d_sae)
-    return csc_array((index.value, index.position, index.indptr), shape=shape, copy=False)
+    starts = index.indptr.astype(np.int32) if index.indptr[-1] < 2**31 else index.indptr  # int32 as positions: no copy
+    return csc_array((index.value, index.position, starts), shape=shape, copy=False)
 
 
 def by_token(index:FeatureIndex, # an open index

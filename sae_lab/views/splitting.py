@@ -108,7 +108,7 @@ def forest(view: SplittingView,   # what is shown
         y = [_depth(view, each.level, each.above, height), _depth(view, each.level, each.below, height, True),
              _depth(view, each.level + 1, each.top, height), _depth(view, each.level + 1, each.bottom, height, True)]
         parts.append(ribbon((x(each.level) + 5, y[0], y[1]), (x(each.level + 1) - 1, y[2], y[3])))
-    look = 'fill="currentColor" fill-opacity=".13" stroke="currentColor" stroke-opacity=".3" stroke-width=".5"'
+    look = 'fill="currentColor" fill-opacity=".13" stroke="#8888" stroke-width=".5"'
     pillars = "".join(_pillar(view, level, x(level), height) for level in range(len(view.sizes)))
     body = f'<path d="{"".join(parts)}" {look}/>' + _threads(view, x, height) + pillars
     steps = " to ".join(f"{size:,}" for size in view.sizes)
