@@ -16,7 +16,7 @@ from sae_lab.splice.targets import Latents, Neurons
 from sae_lab.training.fit import train
 
 HOOK, POST = "blocks.0.hook_mlp_out", "blocks.0.mlp.hook_post"
-LAST, CARRIED = torch.full((P * P,), 2), 0.05  # a latent carries a frequency that holds this share of its power
+LAST, CARRIED = torch.full((P * P,), 2), 0.03  # a latent carries a frequency that holds this share of its power
 
 pytestmark = pytest.mark.skipif(not MODELS.is_dir(), reason=f"no networks in {MODELS}; set SAE_LAB_DATA")
 
