@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..ground.errors import InputError, ShapeError
-from .subject import Subject, changes, guarded
+from ..ground.errors import InputError
+from .subject import Subject, changes, check_tokens, guarded
 
 # %% ../../nbs/02_sources/065_generate.ipynb #564c7d66
 def gumbel(d_vocab: int,                      # tokens of the vocabulary
@@ -80,8 +80,7 @@ class Step:
 
 def _asked(subject: Subject, tokens: Tensor, n: int, temperature: float, top_k: int | None) -> None:
     "Refuse what cannot be generated, before the first step."
-    if tokens.ndim != 2 or not tokens.numel():
-        raise ShapeError(f"tokens of shape {tuple(tokens.shape)}", "[batch, pos], not empty", "tokens[None]")
+    check_tokens(subject, tokens)
     for what, value, least in (("n", n, 1), ("temperature", temperature, 0), ("top_k", top_k, 1)):
         if value is not None and not value >= least:
             raise InputError(f"{what}={value}", f"at least {least}", "temperature=0 is greedy")

@@ -323,9 +323,9 @@ def _groups(subject, edits:Sequence[Edit])->list[list[Edit]]:
 
 def _from_end(at:At)->bool:
     "Whether a choice of tokens counts from the end of the text."
-    if isinstance(at, slice): return any(each is not None and each < 0 for each in (at.start, at.stop, at.step))
     if isinstance(at, Tensor): return at.dtype != torch.bool and bool((at < 0).any())
-    return any(each < 0 for each in ([at] if isinstance(at, int) else at if isinstance(at, Sequence) else []))
+    some = [at.start, at.stop, at.step] if isinstance(at, slice) else at if isinstance(at, Sequence) else [at]
+    return any(isinstance(each, int) and each < 0 for each in some)
 
 
 def _seen(edit:Edit, tokens:Tensor, start:int, prompt:int|None)->Tensor:

@@ -146,7 +146,7 @@ def test_a_crosscoder_takes_two_passes(subject, ids):
         after = splice(first, coder, edit=halve).run(ids, PAIR, edits=edits)[1]
         first_step, second_step = (each.reshape(acts[RESID].shape) for each in step)
         torch.testing.assert_close(after[RESID], acts[RESID] + first_step, rtol=1e-5, atol=1e-5)
-        hooks = [(RESID, lambda act, hook, value=after[RESID]: value),  # what block 1 makes of that, and the second step
+        hooks = [(RESID, lambda act, hook, value=after[RESID]: value),  # then block 1, then the second step
                  (PAIR[1], lambda act, hook, step=second_step: act + step)]
         by_hand = subject.model.run_with_hooks(ids, return_type="logits", fwd_hooks=hooks)
         logits = splice(first, coder, edit=halve).run(ids, edits=edits)[0]
