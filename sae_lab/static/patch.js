@@ -115,7 +115,7 @@ function render({ model, el }) {
       const [word, under, fires] = box.children, acts = before[i] || after[i];
       word.textContent = text[i] || "∅";
       word.style.background = shade(moved[i]);
-      under.textContent = done && moved[i] !== null ? (moved[i] ? signed(moved[i], most) : "0") : "";
+      under.textContent = done && moved[i] !== null ? (Math.abs(moved[i]) > most / 200 ? signed(moved[i], most) : moved[i] ? "≈0" : "0") : "";
       under.classList.toggle("sl-x-still", !moved[i]);
       fires.textContent = !acts ? (edited[i] ? "0" : "") : edited[i] && done ? `${short(before[i], 2)} → ${short(after[i], 2)}` : short(before[i], 2);
       box.classList.toggle("sl-x-special", special[i]);

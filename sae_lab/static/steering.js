@@ -53,7 +53,14 @@ export default {
     const head = make("div", { className: "sl-st-head" }, make("b", { textContent: about.title || "Steering" }), make("span", { className: "sl-quiet", textContent: about.note }));
     const field = (label, input) => { input.setAttribute("aria-label", label); return make("label", {}, make("span", { textContent: label, ariaHidden: "true" }), input); };
     const bound = [];
-    const bind = (name, input, read, write) => { input.addEventListener("change", () => { const v = read(input); if (v !== null && v !== model.get(name)) put(name, v); }); bound.push([name, () => { if (document.activeElement !== input || input.type !== "text") write(input, model.get(name)); }]); return input; };
+    const bind = (name, input, read, write) => {
+      const commit = () => { const v = read(input); if (v !== null && v !== model.get(name)) put(name, v); };
+      input.addEventListener("change", commit);
+      if (input.type === "number") input.addEventListener("keydown", (e) => { if (e.key === "Enter") commit(); });
+      const typed = input.type === "number" || input.type === "textarea";
+      bound.push([name, () => { if (!typed || document.activeElement !== input) write(input, model.get(name)); }]);
+      return input;
+    };
     const number = (name, facts) => bind(name, make("input", { type: "number", ...facts }), (i) => (i.value === "" || !i.validity.valid ? null : Number(i.value)), (i, v) => { i.value = v; });
     const box = (name) => bind(name, make("input", { type: "checkbox" }), (i) => i.checked, (i, v) => { i.checked = v; });
     const select = (name, options) => bind(name, make("select", {}, ...Object.entries(options).map(([value, textContent]) => make("option", { value, textContent }))), (i) => i.value, (i, v) => { i.value = v; });
@@ -198,7 +205,7 @@ export default {
     };
 
     el.prepend(head, make("label", { className: "sl-st-prompt" }, prompt), bar, list, more, said, texts, foot);
-    new ResizeObserver(([entry]) => el.classList.toggle("sl-st-narrow", entry.contentRect.width < 900)).observe(el);
+    new ResizeObserver(([entry]) => el.classList.toggle("sl-st-narrow", entry.contentRect.width < 880)).observe(el);
     for (const name of ["doses", "known", "selected"]) model.on(`change:${name}`, sliders);
     for (const name of ["streams", "prefix"]) model.on(`change:${name}`, stream);
     for (const name of ["status", "said", "can", ...bound.map(([name]) => name)]) model.on(`change:${name}`, state);

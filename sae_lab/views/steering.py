@@ -217,7 +217,7 @@ def conditions(view: SteeringView, # any
 def _html(view: SteeringView) -> str:
     title = f'<b style="font-size:15px">{caption(view.title)}</b> ' if view.title else ""
     note = f'<small style="opacity:.75">{caption(view.note, 300)}</small>' if view.note else ""
-    columns = "grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))"
+    columns = "grid-template-columns:repeat(auto-fit,minmax(min(100%,250px),1fr))"
     grid = f"display:grid;gap:10px 24px;{columns};margin-top:6px"
     below = "".join(f"<div>{escape(each)}</div>" for each in conditions(view))
     shades = "".join(f'<span style="background:rgb({HUE}/{strength(kl):g})">&nbsp;{number(kl)}&nbsp;</span>'
@@ -248,7 +248,8 @@ def _example() -> SteeringView:
     control = " day , a mouse found a nut . She hid it under a leaf and sang to the bird .".split(" ")[1:]
     spaced = lambda words: tuple(" " + word for word in words)
     wave = lambda n, low, size: tuple(round(low + size * abs(math.sin(2.3 * i)), 3) for i in range(n))
-    texts = (Continuation("default", spaced(default), wave(len(default), 0.3, 2.4), (0.0,) * len(default)),
+    texts = (Continuation("default", spaced(default), wave(len(default), 0.3, 2.4), (0.0,) * len(default),
+                          "the untouched model"),
              Continuation("steered", spaced(steered), wave(len(steered), 0.6, 4.0), wave(len(steered), 0.05, 1.7),
                           "latents 17, 203"),
              Continuation("control", spaced(control), wave(len(control), 0.4, 2.6), wave(len(control), 0.01, 0.4),

@@ -168,7 +168,7 @@ def dose(
     tokens: int = 2_000,  # of text, where there are no prompts
     **options: Any,  # of `causal.steering.dose_response`: at, controls, seed
 ) -> AbstractWidget:  # a `DoseView`
-    "Metrics over the dose of a latent, with intervals, matched controls and its natural quantiles."
+    "Change of metrics over the dose of a latent, with intervals, matched controls and its natural quantiles."
     name, made, pages = lab.opened(coder)
     pairs = None if prompts is None else as_pairs(lab.subject, prompts)
     asked = [*([logit_difference(pairs)] if pairs is not None else []), *metrics]

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['KEPT', 'outcomes', 'matched', 'effect_view', 'sweep_view', 'dose_view', 'check_picture']
 
-# %% ../../nbs/10_lab/083_findings.ipynb #cf385417
+# %% ../../nbs/10_lab/083_findings.ipynb #5084767b
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 
 from ..causal.attribution import Checked
@@ -16,6 +17,7 @@ from ..causal.effects import Effect
 from ..causal.patching import Patches
 from ..causal.steering import DoseResponse
 from ..ground.html import number
+from ..ground.sums import bootstrap_mean
 from ..views.dose import DoseCurve, DoseView
 from ..views.edit import EffectView, Outcome
 from ..views.effect import Change
@@ -91,29 +93,33 @@ def dose_view(found: DoseResponse,                    # of one latent, or of sev
               title: str = "",                        # of the picture
               note: str = "",                         # one line more
               ) -> DoseView:                          # ready to draw
-    "Metrics over the dose, with controls and natural quantiles."
+    "Change of each metric over the dose, with controls and natural quantiles."
     unit = found.unit[0] if len(set(found.unit)) == 1 else 1.0
     natural = found.natural[:1] if len(found.natural) == 1 else ()
     seen = tuple(each for one in natural if one.top is not None for each in (*one.marks, (1.0, one.top)))
-    groups = {name: part for name, part in found.frame.groupby("metric", sort=False)}
-    order = sorted(groups, key=lambda name: name in ("KL", "loss"))
+    order = sorted(found.units, key=lambda name: name in ("KL", "loss"))
     n_controls = len(next(iter(found.control.values())))
     n_units = "activation, model units" if unit != 1.0 or len(found.unit) == 1 else "dose, in each latent's unit"
     noop = f"the same path without a change moves logits by at most {number(found.noop)}"
-    return DoseView(tuple(unit * x for x in found.strengths), tuple(_curve(groups[name], name) for name in order), seen,
+    level = lambda name: f"{name} {number(float(found.clean[name].mean()))}"
+    levels = "untouched " + ", ".join(level(name) for name in order if name != "KL")
+    said = " · ".join(each for each in (f"error {found.error}", noop, levels, note) if each)
+    return DoseView(tuple(unit * x for x in found.strengths), tuple(_curve(found, name) for name in order), seen,
                     tuple((name, unit * x) for name, x in (marks or {}).items()), found.n, n_controls, n_units,
-                    title or found.edit, " · ".join(each for each in (f"error {found.error}", noop, note) if each))
+                    title or found.edit, said)
 
 
-def _curve(part: pd.DataFrame, name: str) -> DoseCurve:
-    "One metric; what was not known is left out."
-    column = lambda key: tuple(map(float, part[key]))
-    ends, held = ("low", "high"), ("control", "control_low", "control_high")
-    known = {key: column(key) for keys in (ends, held) if part[keys[0]].notna().any() for key in keys}
-    none: tuple[float, ...] = ()
-    low, high, control, below, above = (known.get(key, none) for key in ends + held)
-    base, unit = float(part["clean"].iloc[0]), str(part["unit"].iloc[0])
-    return DoseCurve(name, column("value"), low, high, control, below, above, base, unit)
+def _curve(found: DoseResponse, name: str) -> DoseCurve:
+    "One metric: its change from the untouched model; what was not known is left out."
+    change, others = found.steered[name] - found.clean[name], found.control[name] - found.clean[name]
+    ends = [bootstrap_mean(each, found.seed) for each in change] if found.n > 1 else []
+    means = others.mean(-1)
+    plain = lambda values: tuple(map(float, values))
+    held = (means.mean(0), *np.quantile(means, [0.025, 0.975], axis=0)) if len(means) else ((), (), ())
+    low, high = (plain(each) for each in zip(*ends)) if ends else ((), ())
+    control, below, above = map(plain, held)
+    told = name if name == "KL" else f"change of {name}"
+    return DoseCurve(told, plain(change.mean(1)), low, high, control, below, above, 0.0, found.units[name])
 
 # %% ../../nbs/10_lab/083_findings.ipynb #c2c5df1c
 def check_picture(found: Checked,      # of `attribution.check`

@@ -304,13 +304,13 @@ def _text(panel: Panel, pairs: Pairs) -> str:
 # %% ../../nbs/10_lab/085_patch.ipynb #cd19997a
 def with_prompt(widget: PatchWidget,  # of a panel
                 panel: Panel,         # the same
-                **options: Any,       # of `workbench.prompt.prompt`: effects, metric, most
+                **options: Any,       # of `workbench.prompt.prompt`: effects, metric, most, lines
                 ) -> Board:           # `.prompt` and `.panel` are its widgets
     "A prompt view in which latents are chosen, and the panel below it."
     first = panel.only(widget.view.choice.prompt, cut=True).pairs
     bos = int(first.clean[0, 0]) == panel.subject.bos
     chooser = prompt(panel.subject, panel.coder, panel.index, _text(panel, first), bos, hook=panel.hook,
-                     title=panel.title, **({"selected": widget.latent} | options))
+                     title=panel.title, **({"selected": widget.latent, "lines": 12} | options))
     Tied(chooser, widget, panel)
     board = Board([chooser, widget])
     board.prompt, board.panel = chooser, widget

@@ -146,8 +146,10 @@ def texts(made: Steerable,  # a model and a dictionary
     said = f"latent{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
     found["steered"] = said, write(lambda tokens, first: compile(subject, tokens, edits, first))
     if not task.control: return found
-    drawn = controls(made.coder, numbers, made.density, 1, task.seed)[0].tolist()
-    other, said = [(each,) for each in drawn], ", ".join(map(str, drawn))
+    every = [each.latent for each in task.doses]
+    drawn = zip(every, controls(made.coder, every, made.density, 1, task.seed)[0].tolist())
+    other = [(each,) for latent, each in drawn if latent in numbers]
+    said = ", ".join(str(each) for each, in other)
     push = lambda tokens, first: elsewhere(subject, tokens, edits, other, task.seed, first)
     return found | {"control": (f"the same push along random latents of like density: {said}", write(push))}
 
