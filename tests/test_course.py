@@ -17,9 +17,11 @@ def cells(path, kind):
     return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
 
 
-def test_six():
-    "Six notebooks, in order."
-    assert [path.name[:2] for path in COURSE] == ["01", "02", "03", "04", "05", "06"]
+def test_begins_with_six():
+    "Six notebooks, in order; others may follow."
+    first = ["01_hooks_and_activations", "02_superposition", "03_first_dictionary", "04_reading_a_feature",
+             "05_feature_splitting", "06_exporting_figures"]
+    assert [path.stem for path in COURSE][:6] == first
 
 
 @pytest.mark.parametrize("path", COURSE, ids=lambda p: p.stem)

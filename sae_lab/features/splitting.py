@@ -293,7 +293,7 @@ def prefixes(coder: Dictionary,      # of the kind `matryoshka`
              index: Activations,     # of the whole coder
              ) -> tuple[dict[str, AbstractCoder], list]: # coders by name; of each what was given, for `split`
     "The nested dictionaries of a Matryoshka coder as a ladder."
-    made = {f"first {m}": prefix(coder, size=m) for m in prefix_sizes(coder)}
+    made: dict[str, AbstractCoder] = {f"first {m}": prefix(coder, size=m) for m in prefix_sizes(coder)}
     if isinstance(index, FeatureIndex): return made, [_first(index, each) for each in made.values()]
     codes = _codes(index)
     return made, [csr_array(codes[:, :each.d_sae]) for each in made.values()]

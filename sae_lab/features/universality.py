@@ -119,7 +119,7 @@ def universality(index:FeatureIndex,                                # whose late
     count = margins(index).count
     best, lines = pd.DataFrame({"count": count}).rename_axis("latent"), []
     for name, other in {**against, **nulls}.items():
-        candidates, value = _best(index, moved(other) if name in nulls else other, least)
+        candidates, value = _best(index, moved(nulls[name]) if name in nulls else other, least)
         best[name] = np.where(count >= max(least, 1), value, np.nan)
         lines.append(_row(name, candidates, best[name].to_numpy(), level, seed))
     return Universality(index.n_tokens, level, pd.DataFrame(lines), best)
