@@ -1,5 +1,5 @@
 // The splitting explorer: a forest of every dictionary, the family of one latent, evidence beside its null.
-const HUES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800"], GREY = "#8c8c8c";
+const HUES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"], GREY = "#8c8c8c";
 const KINDS = [["cosine", "cosine"], ["correlation", "correlation"], ["given", "P(parent|child)"]];
 const COLUMNS = ["level", "parent", "child", "cosine", "correlation", "given", "reverse", "n_child", "p", "q", "shown", "strength"];
 const ROW = 19, MOST = 28, TOP = 40, GAP = 22;

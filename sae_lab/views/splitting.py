@@ -65,7 +65,7 @@ def splitting_view(made: Ladder,          # from `views.family.ladder`
                          int(shown.sum()), len(shown), title)
 
 # %% ../../nbs/09_views/245_splitting.ipynb #ee3abb00
-HUES = tuple(each for each in SERIES if each != "#8c8c8c")  # of branches, in turn
+HUES = SERIES[:6]  # of branches, in turn: those that the colour-blind tell apart
 GREY = "#8c8c8c"                                            # of an edge to another parent
 ROW, GAP = 19, 22                                           # pixels: a row; between the fields of evidence
 
