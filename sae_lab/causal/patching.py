@@ -77,8 +77,10 @@ def _each(subject, pairs:Pairs)->dict[str, At]:
     text, alike = text_of(subject, pairs.clean) & pairs.mask, len(set(pairs.length.tolist())) == 1
     places = torch.arange(text.shape[1], device=text.device) - (0 if alike else pairs.length[:, None])
     marks = {i: text & (places == i) for i in places.expand_as(text)[text].unique().tolist()}
-    words = {i: {*pairs.clean[mask].tolist(), *pairs.corrupt[mask].tolist()} for i, mask in marks.items()}
-    speak = lambda ids: subject.strings([*ids])[0].strip() if len(ids) == 1 and subject.tokenizer is not None else ""
+    both = lambda mask: dict.fromkeys([*pairs.clean[mask].tolist(), *pairs.corrupt[mask].tolist()])
+    words = {i: list(both(mask)) for i, mask in marks.items()}
+    known = lambda ids: len(ids) < 3 and subject.tokenizer is not None
+    speak = lambda ids: "/".join(each.strip() for each in subject.strings(ids)) if known(ids) else ""
     return {f"{i} {speak(words[i])}".strip(): mask for i, mask in marks.items()}
 
 

@@ -241,7 +241,7 @@ def said(view: HeatmapView, # what is shown
     row, unit = top[0], f" {view.unit}" if view.unit else ""
     where = [f"{name} {row[name]}" for name in (view.choice_label, view.down_label, view.along_label) if row[name]]
     parts = [f"largest: {number(row['value'])}{interval(row['low'], row['high'])}{unit} at {', '.join(where)}"]
-    if view.n: parts.append(f"n = {view.n:,} prompts")
+    if view.n: parts.append(f"n = {view.n:,} prompt{'s' * (view.n != 1)}")
     if view.null is not None and math.isfinite(view.null): parts.append(f"controls reach {number(view.null)}")
     return " · ".join(token_text(each, 200) for each in parts)
 
@@ -250,10 +250,10 @@ def _key(view: HeatmapView) -> str:
     "The scale, and what frames mean."
     most, boxes = scale(view), range(-STEPS, STEPS + 1)
     grid = np.array([[most * i / STEPS for i in boxes]])
-    bar = f'<g transform="translate(34 2)">{shades(grid, most, 10, 13, False)}</g>'
-    end = 34 + 10 * len(boxes)
-    bar += (f'<path d="M{34 + 10 * STEPS + 4.5} 1v14" stroke="currentColor" opacity=".5"/>'
-            f"{_text(30, 12, '−' + number(most, 2), 'end')}{_text(end + 4, 12, '+' + number(most, 2), 'start')}")
+    bar = f'<g transform="translate(44 2)">{shades(grid, most, 10, 13, False)}</g>'
+    end = 44 + 10 * len(boxes)
+    bar += (f'<path d="M{44 + 10 * STEPS + 4.5} 1v14" stroke="currentColor" opacity=".5"/>'
+            f"{_text(40, 12, '−' + number(most, 2), 'end')}{_text(end + 4, 12, '+' + number(most, 2), 'start')}")
     unit = f", {view.unit}" if view.unit else ""
     words = f"{view.quantity}{unit}: orange raises the metric, blue lowers it"
     reach = _at_null(view)
@@ -266,7 +266,7 @@ def _key(view: HeatmapView) -> str:
 
 def _at_null(view: HeatmapView) -> list[float]:
     "Where on the scale controls end."
-    size, middle = abs(view.null or math.nan), 34 + 10 * STEPS + 4.5
+    size, middle = abs(view.null or math.nan), 44 + 10 * STEPS + 4.5
     return [middle + sign * 10 * STEPS * size / scale(view) for sign in (-1, 1)] if 0 < size <= scale(view) else []
 
 def small(view: HeatmapView, # what is shown

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHAT', 'STRENGTHS', 'signed_of', 'prompts_of', 'patch', 'steer', 'targets', 'heatmap', 'dose', 'attribute']
 
-# %% ../../nbs/10_lab/19_causal_desk.ipynb #842e7f8b
+# %% ../../nbs/10_lab/19_causal_desk.ipynb #a2fe9219
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +29,7 @@ from ..views.widget import AbstractWidget, Board
 from . import steer as steers
 from .desk import signed
 from .findings import check_picture, dose_view, sweep_view
+from .origin import origin
 from .patch import Panel, Prompts, as_pairs, live, with_prompt
 
 # %% ../../nbs/10_lab/19_causal_desk.ipynb #9e3db9af
@@ -36,8 +37,9 @@ def signed_of(
     lab: Any,  # the lab
     names: Iterable[str],  # of coders
 ) -> dict[str, Any]:  # JSON values
-    "Where numbers of several dictionaries are from."
+    "Where numbers of some dictionaries, or of none, are from."
     each = [lab.origin(name) for name in names]
+    if not each: return origin(lab.subject, seed=lab.seed)
     return each[0] if len(each) == 1 else {"seed": lab.seed, "dictionaries": each}
 
 
@@ -123,7 +125,7 @@ def heatmap(
     lab: Any,  # the lab
     prompts: Prompts,  # pairs, or a text and another of as many tokens
     what: str = "latents",  # or "directions", "head", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"
-    coder: str | Sequence[str] | None = None,  # names; None: the coder used last
+    coder: str | Sequence[str] | None = None,  # names; None: the coder used last, for latents and directions
     latents: Sequence[int] | None = None,  # of each; None: those most changed
     n: int = 8,  # how many of those
     metric: Metric | Callable | None = None,  # what is judged; None: the difference of logits
@@ -137,12 +139,14 @@ def heatmap(
     if bool((pairs.clean == pairs.corrupt).all()):
         raise InputError("prompts without another side", "pairs, or a text and another of as many tokens",
                          "give (clean, corrupt)")
-    names = [lab.opened(coder)[0]] if coder is None or isinstance(coder, str) else list(coder)
+    asked = [coder] if coder is None or isinstance(coder, str) else list(coder)
+    names = [lab.opened(name)[0] for name in asked] if what in ("latents", "directions") else []
     some = targets(subject, pairs, what, {name: lab.opened(name)[1] for name in names}, latents, n)
     roles = len(pairs) > 1 and any("positions" in fact for fact in pairs.facts)
     found = patched(subject, pairs, [each for each, _ in some], logit_difference(pairs) if metric is None else metric,
                     places or ("roles" if roles else "each"), way, **({"seed": lab.seed} | options))
-    widget = HeatmapWidget(sweep_view(_named(found, [name for _, name in some]), shares, title=", ".join(names)))
+    title = ", ".join(names) or subject.name
+    widget = HeatmapWidget(sweep_view(_named(found, [name for _, name in some]), shares, title))
     widget.provenance = signed_of(lab, names) | {"prompts": prompts_of(pairs), "patching": {"what": what, "way": way}}
     return widget
 

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['KEPT', 'outcomes', 'matched', 'effect_view', 'sweep_view', 'dose_view', 'check_picture']
 
-# %% ../../nbs/10_lab/083_findings.ipynb #5084767b
+# %% ../../nbs/10_lab/083_findings.ipynb #bbe94a18
 import math
 from collections.abc import Mapping
 
 import numpy as np
-import pandas as pd
 
 from ..causal.attribution import Checked
 from ..causal.effects import Effect
@@ -63,29 +62,31 @@ def effect_view(found: Effect,   # of any edits
 # %% ../../nbs/10_lab/083_findings.ipynb #e220eadc
 def sweep_view(found: Patches,              # of `patch` or `paths`
                shares: bool = False,        # of what the prompts differ by; False: in the metric's unit
-               names: Mapping[str, str] | None = None, # of targets, to be shown instead
                title: str = "",             # of the picture
                ) -> HeatmapView:            # ready to draw
     "What patching did, target by target and place by place."
     frame, value = (found.shares, "share") if shares else (found.frame, "effect")
-    frame = frame.assign(target=[(names or {}).get(name, name) for name in frame.target])
+    if frame.low.isna().all(): frame = frame.drop(columns=["low", "high"])
+    kind, names = _kinds([*frame.target])
     layers, targets = frame.layer.nunique(), frame.target.nunique()
     full = layers > 1 and len(frame) == layers * targets * len(found.along)
-    shown = frame if full else frame.assign(target=_by_layer(frame))
-    layout = {"down": "layer", "choice": "target"} if full and targets > 1 else {}
-    layout = layout or {"down": "layer" if full else "target"}
+    if layers > 1 and not full: kind, names = f"layer: {kind}", [f"{i}: {name}" for i, name in zip(frame.layer, names)]
+    grids = {"choice": kind} if full and targets > 1 else {"choice_label": "grid"}
+    layout = {"down": "layer" if full else kind} | grids
     worst, null = float(found.noop.max(initial=0.0)), None if shares else found.null
     note = (f"{found.what} · error kept · patched from the same prompt, logits move by at most {number(worst)} · "
             + ("no controls change anything" if found.null is None else "controls change as much, elsewhere"))
     name = f"share of the difference in {found.metric.name}" if shares else found.metric.name
-    return heatmap(shown, along=found.along_label, value=value, n=found.n, null=null, title=title, note=note,
-                   unit="" if shares else found.metric.unit, quantity=f"change of {name}", **layout)
+    rows, unit = frame.assign(**{kind: names}), "" if shares else found.metric.unit
+    return heatmap(rows, along=found.along_label, value=value, n=found.n, null=null, title=title, note=note,
+                   unit=unit, quantity=f"change of {name}", **layout)
 
 
-def _by_layer(frame: pd.DataFrame) -> list[str]:
-    "Names of targets with their layers, where there are several."
-    if frame.layer.nunique() < 2: return [name for name in frame.target]
-    return [f"{layer}: {name}" for layer, name in zip(frame.layer, frame.target)]
+def _kinds(names: list[str]) -> tuple[str, list[str]]:
+    "What all targets are, and what tells them apart: 'head', and '0', '1', ..."
+    parts = [name.partition(" ") for name in names]
+    same = len({first for first, _, _ in parts}) == 1 and all(rest for _, _, rest in parts)
+    return (parts[0][0], [rest for _, _, rest in parts]) if same else ("target", names)
 
 # %% ../../nbs/10_lab/083_findings.ipynb #0e85ddf4
 def dose_view(found: DoseResponse,                    # of one latent, or of several at once
