@@ -56,7 +56,7 @@ check: $(READY)  ## format, lint, types, export in sync, budgets (under a minute
 	$(BIN)/python -m pytest tests/test_repo.py
 
 bench: setup     ## measure speed on this machine
-	for name in import harvest train index ui; do $(BIN)/sae-lab bench $$name || exit 1; done
+	for name in import harvest train index features ui causal; do $(BIN)/sae-lab bench $$name || exit 1; done
 
 docs: setup      ## build the site in _docs
 	$(BIN)/python docs/build.py

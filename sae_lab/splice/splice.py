@@ -276,12 +276,13 @@ def splice(subject:Subject|Splice,            # the model, or a splice to stand 
     if error == "drop" and gradients == "error":
         raise InputError("gradients='error' with error='drop'", "an error to have them through", "keep the error")
     model = subject.subject if isinstance(subject, Splice) else subject
-    for each in [coder] if isinstance(coder, AbstractCoder) else coder:
+    coders = [coder] if isinstance(coder, AbstractCoder) else list(coder)
+    for each in coders:
         where = ports(model, each, hook, any_processing)
         if mode == "mean" and (mean is None or len(mean) != sum(where.widths)):
             raise InputError("no fitting mean" if mean is None else f"a mean of {len(mean)} numbers",
                              f"{sum(where.widths)} numbers", "give the mean that a source's `norms` finds")
         under = subject if isinstance(subject, Splice) else None
         subject = Splice(model, each, where, mode, error, mean, edit, special, gradients, under)
-    if isinstance(subject, Splice): return subject
+    if coders and isinstance(subject, Splice): return subject
     raise InputError("no coder", "at least one")

@@ -1,4 +1,4 @@
-"Estimates against true patches: exact where all is linear, complete by integration, ranked as the truth on real prompts."
+"Estimates against true patches: exact where all is linear, complete by integration, ranked as the truth on prompts."
 import numpy as np
 import pytest
 import torch
