@@ -233,7 +233,8 @@ def test_neurons_are_decoded_as_by_hand(exact):
         assert found.promoted.tolist() == exact.strings(weights.argmax(1))
         assert found.suppressed.tolist() == exact.strings(weights.argmin(1))
         torch.testing.assert_close(torch.tensor(found.peak.to_numpy()).double(), z.amax(1), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(torch.tensor(found["skew"].to_numpy()).double(), z.pow(3).mean(1), rtol=1e-3, atol=1e-3)
+        skew = torch.tensor(found["skew"].to_numpy()).double()
+        torch.testing.assert_close(skew, z.pow(3).mean(1), rtol=1e-3, atol=1e-3)
 
 
 def test_a_planted_direction_is_found(exact):
