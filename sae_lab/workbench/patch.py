@@ -7,7 +7,6 @@ __all__ = ['Prompts', 'paired', 'as_pairs', 'one_token', 'judged', 'Panel', 'pla
            'tokens_of', 'asked', 'remarks', 'effect_of', 'view_of', 'live', 'Tied', 'with_prompt']
 
 # %% ../../nbs/10_lab/085_patch.ipynb #10210512
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
