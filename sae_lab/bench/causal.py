@@ -39,6 +39,10 @@ class Scene:
         "One pass of the subject's own model, without a hook and without a graph."
         with torch.no_grad(): return self.subject.model.run_with_hooks(self.pairs.clean, return_type="logits", fwd_hooks=[])
 
+    def passes(self, n: int) -> None:
+        "So many of them, nothing kept."
+        for _ in range(n): self.forward()
+
     def backward(self) -> torch.Tensor:
         "One pass of the subject's own model and back again: the gradient of the metric by the embeddings, of no weight."
         held: list[torch.Tensor] = []
@@ -65,7 +69,7 @@ def cases(
     given = on.subject, on.coder, on.pairs, on.metric
     return {
         f"edit/{PROMPTS}": (lambda: effect(on.subject, edit, on.pairs, on.metric, CONTROLS),
-                            lambda: [on.forward() for _ in range(3 + CONTROLS)]),
+                            lambda: on.passes(3 + CONTROLS)),
         "atp": (lambda: attribute(*given, "atp", hook=HOOK), on.backward),
         "ig": (lambda: attribute(*given, "ig", STEPS, hook=HOOK), on.backward),
     }
