@@ -23,7 +23,7 @@ from .metrics import Metric, as_metrics
 from .moves import Coders, Moves, Site, in_groups, moves, radau, sites, slopes, spread
 from .pairs import Pairs
 from ..ground import kernels
-from ..ground.errors import InputError
+from ..ground.errors import InputError, ShapeError
 from ..ground.html import table
 from ..ground.sums import Measure, bootstrap_mean
 from ..sources.subject import Subject
@@ -211,6 +211,8 @@ def attribute(subject: Subject,                   # the model
     clean = prompts.clean if isinstance(prompts, Pairs) else prompts
     corrupt = prompts.corrupt if isinstance(prompts, Pairs) and not zero else None
     where = text_of(subject, clean) if where is None else where
+    if where.shape != clean.shape or not bool(where.any()):
+        raise ShapeError(f"{int(where.sum())} tokens to patch in {tuple(where.shape)}", f"some of {tuple(clean.shape)}")
     (metric,) = as_metrics(metric).values()
     if metric.relative and "clean" not in metric.facts: metric = metric.against(subject.logits(clean))
     places, found = sites(subject, coders, hook), list[Nodes]()
