@@ -32,8 +32,8 @@ from ..ground.sums import Totals, bootstrap_mean
 from ..measures.downstream import divergence, scored, surprise
 from ..sources.corpus import Tokens
 from ..sources.subject import Subject
-from ..splice.edits import Edit, compile, noop, text_of
-from ..splice.splice import Hooks, placed, ports
+from ..splice.edits import Edit, compile, noop
+from ..splice.splice import Hooks, placed, ports, text_of
 from ..splice.targets import Latents, Memory, Target
 
 # %% ../../nbs/07_causal/07_steering.ipynb #402f7930
